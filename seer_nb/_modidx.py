@@ -20,4 +20,8 @@ d = { 'settings': { 'branch': 'main',
                               'seer_nb.core.seed_all': ('core.html#seed_all', 'seer_nb/core.py'),
                               'seer_nb.core.stateless_rng': ('core.html#stateless_rng', 'seer_nb/core.py'),
                               'seer_nb.core.watched': ('core.html#watched', 'seer_nb/core.py'),
-                              'seer_nb.core.write_atomic': ('core.html#write_atomic', 'seer_nb/core.py')}}}
+                              'seer_nb.core.write_atomic': ('core.html#write_atomic', 'seer_nb/core.py')},
+            'seer_nb.viz': { 'seer_nb.viz._pyplot': ('viz.html#_pyplot', 'seer_nb/viz.py'),
+                             'seer_nb.viz.curve': ('viz.html#curve', 'seer_nb/viz.py'),
+                             'seer_nb.viz.set_style': ('viz.html#set_style', 'seer_nb/viz.py'),
+                             'seer_nb.viz.show_images': ('viz.html#show_images', 'seer_nb/viz.py')}}}
