@@ -42,4 +42,8 @@ d = { 'settings': { 'branch': 'main',
                                 'seer_nb.regnet.count_parameters': ('regnet.html#count_parameters', 'seer_nb/regnet.py'),
                                 'seer_nb.regnet.regnety': ('regnet.html#regnety', 'seer_nb/regnet.py'),
                                 'seer_nb.regnet.snap_torchvision': ('regnet.html#snap_torchvision', 'seer_nb/regnet.py'),
-                                'seer_nb.regnet.snap_vissl': ('regnet.html#snap_vissl', 'seer_nb/regnet.py')}}}
+                                'seer_nb.regnet.snap_vissl': ('regnet.html#snap_vissl', 'seer_nb/regnet.py')},
+            'seer_nb.viz': { 'seer_nb.viz._pyplot': ('viz.html#_pyplot', 'seer_nb/viz.py'),
+                             'seer_nb.viz.curve': ('viz.html#curve', 'seer_nb/viz.py'),
+                             'seer_nb.viz.set_style': ('viz.html#set_style', 'seer_nb/viz.py'),
+                             'seer_nb.viz.show_images': ('viz.html#show_images', 'seer_nb/viz.py')}}}
