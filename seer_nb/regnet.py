@@ -187,7 +187,7 @@ class Block(nn.Module):
         branch = self.b(self.a(x).relu_()).relu_()
         return (self.shortcut(x) + self.c(self.se(branch))).relu_()
 
-# %% ../nbs/20_regnet.ipynb #cb3e23f6
+# %% ../nbs/20_regnet.ipynb #f2a87493
 class RegNetY(nn.Module):
     "The backbone: images [B, 3, H, W] to features [B, num_features]."
 
@@ -213,7 +213,8 @@ class RegNetY(nn.Module):
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] ** 2 * module.out_channels        # not divided by the groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                if module.bias is not None: nn.init.zeros_(module.bias)
+                if module.bias is not None:                                       # SE only; PyTorch's default
+                    nn.init.uniform_(module.bias, -module.in_channels**-0.5, module.in_channels**-0.5)
             elif isinstance(module, nn.BatchNorm2d): module.reset_parameters()    # weight 1, bias 0: the last one too
 
     def _maps(self, images):
