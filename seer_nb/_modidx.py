@@ -56,4 +56,8 @@ d = { 'settings': { 'branch': 'main',
             'seer_nb.viz': { 'seer_nb.viz._pyplot': ('viz.html#_pyplot', 'seer_nb/viz.py'),
                              'seer_nb.viz.curve': ('viz.html#curve', 'seer_nb/viz.py'),
                              'seer_nb.viz.set_style': ('viz.html#set_style', 'seer_nb/viz.py'),
-                             'seer_nb.viz.show_images': ('viz.html#show_images', 'seer_nb/viz.py')}}}
+                             'seer_nb.viz.show_images': ('viz.html#show_images', 'seer_nb/viz.py')},
+            'seer_nb.weights': { 'seer_nb.weights._some': ('weights.html#_some', 'seer_nb/weights.py'),
+                                 'seer_nb.weights.check_state': ('weights.html#check_state', 'seer_nb/weights.py'),
+                                 'seer_nb.weights.load_backbone': ('weights.html#load_backbone', 'seer_nb/weights.py'),
+                                 'seer_nb.weights.save_backbone': ('weights.html#save_backbone', 'seer_nb/weights.py')}}}
