@@ -64,7 +64,7 @@ def check_state(
         problems.append(f"wrong shape: {_some(wrong)}")
     if problems: raise ValueError(f"{source} does not fit the network; " + "; ".join(problems))
 
-# %% ../nbs/21_weights.ipynb #37076d8d
+# %% ../nbs/21_weights.ipynb #8f9d0d11
 def load_backbone(
     path,             # a file written by save_backbone
     *,
@@ -82,7 +82,7 @@ def load_backbone(
         with safe_open(path, framework="pt", device=str(device)) as f:
             about = (f.metadata() or {}).get(FORMAT)
             if about is None: raise ValueError(f"{path} is a safetensors file, but not one of save_backbone: its metadata has no {FORMAT!r}")
-            state = {name: f.get_tensor(name) for name in f.keys()}
+            state = {name: f.get_tensor(name).clone() for name in f.keys()}   # see below
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     if dtype is not None: state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}

@@ -68,6 +68,15 @@ def test_description_that_cannot_be_read(tmp_path, about):
     with pytest.raises(ValueError, match="b.safetensors describes no network"): load_backbone(path)
 
 
+def test_loaded_backbone_computes_the_same_bits(tmp_path):
+    model, images = regnety("regnety_toy").eval(), torch.randn(2, 3, 64, 64)
+    save_backbone(model, tmp_path / "b")
+    for _ in range(3):
+        again = load_backbone(tmp_path / "b")
+        assert all(t.data_ptr() % 64 == 0 for t in again.state_dict().values())
+        with torch.inference_mode(): assert torch.equal(again(images), model(images))
+
+
 def test_same_backbone_same_bytes(tmp_path):
     model = regnety("regnety_toy")
     for name in "ab": save_backbone(model, tmp_path / name)
