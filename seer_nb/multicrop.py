@@ -106,7 +106,7 @@ def render_plain(
         crops.append(TF.pil_to_tensor(crop))
     return crops
 
-# %% ../nbs/12_multicrop.ipynb #eea1cca2
+# %% ../nbs/12_multicrop.ipynb #df0285f5
 def _resize(
     image: torch.Tensor,  # uint8 [3, H, W]
     box,                  # top, left, height, width
@@ -114,7 +114,7 @@ def _resize(
 ) -> np.ndarray:
     "Cut a box and resize it with Pillow's triangle filter; return uint8 [s, s, 3]."
     top, left, height, width = box
-    region = image[None, :, top:top + height, left:left + width]
+    region = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
     crop = F.interpolate(region, (size, size), mode="bilinear", antialias=True)
     return np.ascontiguousarray(crop[0].permute(1, 2, 0).numpy())
 
@@ -170,14 +170,16 @@ def _blur(
     kernel = _box_kernel(round(100 * sigma))
     return pixels if len(kernel) == 1 else cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
-# %% ../nbs/12_multicrop.ipynb #3aaa8475
+# %% ../nbs/12_multicrop.ipynb #bbdb1ede
 def render_fast(
     image: torch.Tensor,  # uint8 [3, H, W], fastest as a view of [H, W, 3] memory
     plan: CropPlan,
 ) -> list:
     """Render a plan with PyTorch and OpenCV; return V uint8 tensors [3, s, s], views of [s, s, 3] memory.
 
-    Same boxes as `render_plain`; pixels within 1 grey level on average and 6 at the 99th percentile.
+    Same boxes as `render_plain`. Stage by stage, in grey levels of 0 … 255: brightness and contrast equal, resize, saturation
+    and grey within 1, hue within a step of the 8-bit colour wheel (6 in a pure colour), blur within 4 but for the border.
+    Whole crops of photographs: mean below 0.6; in 95 of 100 crops below 1.5, with a 99th percentile of at most 8.
     """
     crops = []
     for v, size in enumerate(plan.size.tolist()):
