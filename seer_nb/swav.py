@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/30_swav.ipynb #86aba836
+# %% ../nbs/30_swav.ipynb #f1bbd251
 @torch.no_grad()
 def sinkhorn(
     scores_BK,              # float [..., B, K], cosines; leading dimensions are separate problems
@@ -38,7 +38,8 @@ def sinkhorn(
         for _ in range(n_iters):
             columns = E.mT @ v                                            # [..., K, 1]
             if group is not None: dist.all_reduce(columns, group=group)
-            u = 1 / columns.clamp_min(tiny)                               # 1/K and 1/B cancel in the end
+            u = 1 / columns.clamp_min(tiny)
+            u = u / u.sum(-2, keepdim=True)                               # u and 1/v share a scale: keep it from drifting
             v = 1 / (E @ u).clamp_min(tiny)
         return E * v * u.mT
 

@@ -17,7 +17,7 @@ def cosines(seed, *shape, dim=32):
 def value_and_gradients(loss_function, scores):
     leaves = [s.clone().requires_grad_() for s in scores]
     loss = loss_function(leaves)
-    return loss.detach(), torch.autograd.grad(loss, leaves)
+    return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 
 def dense(scores, n_large, temperature, epsilon, n_iters, queue=None):
@@ -51,7 +51,7 @@ def test_equals_lightly(epsilon, n_iters, queue):
     scores = [cosines(i, 12, 20) for i in range(6)]
     held = [cosines(50 + i, queue, 20) for i in range(2)] if queue else None
     here = value_and_gradients(lambda s: swav_loss(s, 2, .1, epsilon, n_iters, held), scores)
-    there = value_and_gradients(lambda s: loss(s[:2], s[2:], held), scores)
+    there = value_and_gradients(lambda s: loss(s[:2], s[2:], held)[0], scores)
     torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-6)
 
 
@@ -74,7 +74,7 @@ def test_codes_are_fp32_under_autocast():
 
 def test_more_iterations_balance_better():
     scores = cosines(1, 128, 32)
-    error = [(sinkhorn(scores, .05, n).sum(0) - 4).abs().max() for n in (1, 3, 10, 100)]
+    error = [(sinkhorn(scores, .05, n).sum(0) - 4).abs().mean() for n in (1, 3, 10, 100)]
     assert all(a > b for a, b in zip(error, error[1:])) and error[-1] < .01
 
 
@@ -82,7 +82,7 @@ def test_codes_have_no_gradient():
     scores = [cosines(i, 8, 5).requires_grad_() for i in range(3)]
     assert not swav_codes(scores[:2]).requires_grad
     loss = swapped_prediction(scores, swav_codes(scores[:1]))     # crop 0 is only a target
-    assert torch.autograd.grad(loss, scores, allow_unused=True)[0].abs().max() == 0
+    assert torch.autograd.grad(loss, scores)[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("kw, word", [(dict(epsilon=0), "epsilon"), (dict(n_iters=0), "n_iters")])
