@@ -187,7 +187,7 @@ class Block(nn.Module):
         branch = self.b(self.a(x).relu_()).relu_()
         return (self.shortcut(x) + self.c(self.se(branch))).relu_()
 
-# %% ../nbs/20_regnet.ipynb #f2a87493
+# %% ../nbs/20_regnet.ipynb #cedceca5
 class RegNetY(nn.Module):
     "The backbone: images [B, 3, H, W] to features [B, num_features]."
 
@@ -217,28 +217,23 @@ class RegNetY(nn.Module):
                     nn.init.uniform_(module.bias, -module.in_channels**-0.5, module.in_channels**-0.5)
             elif isinstance(module, nn.BatchNorm2d): module.reset_parameters()    # weight 1, bias 0: the last one too
 
-    def _maps(self, images):
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"images must be a float batch [B, 3, H, W] (see multicrop.normalize), got {images.dtype} {list(images.shape)}")
-        x = self.stem(images).relu_()
-        for name, stage in self.stages.items():
-            x = stage(x)
-            yield name, x
-
     def feature_maps(
         self,
         images,  # float [B, 3, H, W], normalised
     ) -> dict:
         "Return the output of every stage: `res2` [B, C2, H/4, W/4] … `res5` [B, C5, H/32, W/32], sizes rounded up."
-        return dict(self._maps(images))
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images must be a float batch [B, 3, H, W] (see multicrop.normalize), got {images.dtype} {list(images.shape)}")
+        maps, x = {}, self.stem(images).relu_()
+        for name, stage in self.stages.items(): maps[name] = x = stage(x)
+        return maps
 
     def forward(
         self,
         images,  # float [B, 3, H, W], normalised
     ):
         "Return one feature vector per image, [B, num_features]: the average of `res5` over the plane."
-        for _, x in self._maps(images): pass
-        return x.mean((2, 3))
+        return self.feature_maps(images)["res5"].mean((2, 3))
 
 # %% ../nbs/20_regnet.ipynb #ee6a187b
 def regnety(

@@ -226,3 +226,17 @@ def test_channels_last_and_bfloat16_agree():
 
 def test_family_is_complete():
     assert list(REGNETY) == ["regnety_" + s for s in "toy 400mf 800mf 1_6gf 3_2gf 8gf 16gf 32gf 64gf 128gf 256gf 10b".split()]
+
+
+def test_compiles_into_one_graph():
+    model, images = regnety("regnety_toy").eval(), torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(): torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_timm_would_start_elsewhere():
+    "What the page says of timm: last normalisations at zero, fan-out divided by the groups."
+    theirs = pytest.importorskip("timm").create_model("regnety_004").s4.b2
+    ours = regnety("regnety_400mf").stages["res5"][1]
+    assert theirs.conv3.bn.weight.eq(0).all()
+    assert 7 < theirs.conv2.conv.weight.std() / ours.b[0].weight.std() < 8      # the square root of 55 groups
