@@ -127,13 +127,13 @@ def build_training(
     queue = Queue(config.queue_length, config.out_features, config.n_large).to(device) if config.queue_length else None
     return Training(model, optimizer, queue, torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"))
 
-# %% ../nbs/32_trainer.ipynb #8ca5c164
+# %% ../nbs/32_trainer.ipynb #8f8fcab1
 @contextlib.contextmanager
 def fixed_running_statistics(
     model: nn.Module,  # in training mode
 ):
     "Let BatchNorm layers normalise with the batch but leave their running averages alone."
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
     for m in layers: m.track_running_stats = False
     kept = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in layers]
     for m in layers: m.running_mean = m.running_var = m.num_batches_tracked = None

@@ -1,0 +1,136 @@
+"""The trainer under kill -9, damaged files and other settings: the same weights, bit for bit, or a clear error."""
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from seer_nb.core import MetricLog
+from seer_nb.trainer import NotFinite, PretrainConfig, build_loader, load_newest, pretrain
+from seer_nb.images import open_images
+
+SMALL = PretrainConfig(images="toyworld:64", batch_size=8, steps=12, n_small=1, large_size=32, small_size=32, n_prototypes=10, queue_length=16, queue_start=3,
+                       warmup_steps=2, freeze_prototypes=2, log_every=2, checkpoint_every=2, device="cpu")
+
+
+def weights(run): return (run / "backbone.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    pretrain(dataclasses.replace(SMALL, run_dir=str(folder)))
+    return folder
+
+
+SCRIPT = """
+import json, sys, torch
+torch.set_num_threads(1)
+from seer_nb.trainer import PretrainConfig, pretrain
+print("ready", flush=True)
+pretrain(PretrainConfig(**json.loads(sys.argv[1])))
+"""
+
+
+def start(run_dir):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(dataclasses.replace(SMALL, run_dir=str(run_dir))))],
+                               stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_kill_9_at_random_moments(tmp_path, uninterrupted):
+    draw, kills, begun = random.Random(0), 0, time.monotonic()
+    one = start(tmp_path / "timing")
+    one.communicate()
+    seconds = time.monotonic() - begun
+    while kills < 5:
+        process = start(tmp_path / "run")
+        try: process.wait(draw.uniform(0.02, 0.5) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        else: break                                      # it got through; what follows still compares
+    assert kills >= 1
+    process = start(tmp_path / "run")
+    process.communicate()
+    assert process.returncode == 0
+    assert weights(tmp_path / "run") == weights(uninterrupted) == weights(tmp_path / "timing")
+    rows = [[(r["step"], r["loss"]) for r in MetricLog(folder / "metrics.jsonl").rows()] for folder in (tmp_path / "run", uninterrupted)]
+    assert rows[0] == rows[1]
+
+
+def test_number_of_workers_changes_nothing(tmp_path, uninterrupted):
+    pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path), workers=2))
+    assert weights(tmp_path) == weights(uninterrupted)
+
+
+def test_damaged_checkpoint_falls_back(tmp_path, uninterrupted, capsys):
+    pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path)))
+    (tmp_path / "backbone.safetensors").unlink()
+    newest = sorted((tmp_path / "checkpoints").glob("step_*"))[-1]
+    with open(newest / "state.safetensors", "r+b") as file: file.truncate(1000)
+    result = pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path)))
+    assert "damaged" in capsys.readouterr().out and result.step == 12
+    assert weights(tmp_path) == weights(uninterrupted)
+
+
+def test_manifest_cannot_name_other_folders(tmp_path):
+    pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path), steps=2))
+    folder = next((tmp_path / "checkpoints").glob("step_*"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../../params.yaml"] = {"bytes": 1, "sha256": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert load_newest(tmp_path / "checkpoints") is None
+
+
+def test_finished_run_returns_at_once(uninterrupted):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file() and p.name != "metrics.jsonl"}
+    assert pretrain(dataclasses.replace(SMALL, run_dir=str(uninterrupted))).step == 12
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_not_finite_keeps_the_last_good_checkpoint(tmp_path):
+    config = dataclasses.replace(SMALL, run_dir=str(tmp_path), temperature=1e-42)      # 1 / temperature overflows
+    with pytest.raises(NotFinite, match="last good checkpoint is none yet"): pretrain(config)
+    assert list(tmp_path.glob("not_finite_step_0.safetensors")) and not (tmp_path / "backbone.safetensors").exists()
+
+
+@pytest.mark.parametrize("images", ["nowhere", "empty"])
+def test_no_images_is_an_error_before_anything_is_written(tmp_path, images):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((FileNotFoundError, ValueError), match=images):
+        pretrain(dataclasses.replace(SMALL, images=str(tmp_path / images), run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images_are_counted_and_skipped(tmp_path):
+    from PIL import Image
+    for i in range(12): Image.new("RGB", (40 + i, 50), (20 * i, 0, 99)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
+    (tmp_path / "none.png").write_bytes(b"")
+    result = pretrain(dataclasses.replace(SMALL, images=str(tmp_path), run_dir=str(tmp_path / "run"), steps=4))
+    assert result.bad_images == {"corrupt": 1, "empty": 1}
+
+
+@pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(channels_last=False), dict(accumulate=2), dict(n_large=1, n_small=1), dict(head_depth=0)])
+def test_settings_train(tmp_path, changes):
+    result = pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path), steps=3, **changes))
+    assert result.step == 3 and result.loss < 4
+
+
+def test_loader_starts_anywhere():
+    source = open_images("toyworld:20")                  # 2.5 batches an epoch: batches cross epochs
+    config = dataclasses.replace(SMALL, images="toyworld:20")
+    straight = iter(build_loader(config, source))
+    for step in range(5):
+        batch, resumed = next(straight), next(iter(build_loader(config, source, step)))
+        assert all(torch.equal(a, b) for a, b in zip(batch, resumed))
