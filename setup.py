@@ -14,7 +14,8 @@ def words(key):
     return cfg.get(key, "").split()
 
 
-notebooks, peers, dev = (words(f"{name}_requirements") for name in ("notebooks", "peers", "dev"))
+extras = {name: words(f"{name}_requirements") for name in ("notebooks", "peers", "docs", "dev")}
+extras["dev"] = sorted({*extras["notebooks"], *extras["peers"], *extras["docs"], *extras["dev"]})   # everything
 
 setup(
     name=cfg["lib_name"],
@@ -32,7 +33,7 @@ setup(
     packages=find_packages(include=["seer_nb", "seer_nb.*"]),
     package_data={"seer_nb": ["**/*.csv"]},
     install_requires=words("requirements"),
-    extras_require={"notebooks": notebooks, "peers": peers, "dev": notebooks + peers + dev},
+    extras_require=extras,
     entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )
