@@ -29,6 +29,8 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
+    classifiers=["Intended Audience :: Science/Research", "Topic :: Scientific/Engineering :: Artificial Intelligence",
+                 *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14))],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["seer_nb", "seer_nb.*"]),
     package_data={"seer_nb": ["**/*.csv"]},
