@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['parameters_of', 'notebook_name', 'read_params', 'run_notebook', 'write_html', 'results_table', 'main']
 
-# %% ../nbs/43_launch.ipynb #ffac458b
+# %% ../nbs/43_launch.ipynb #abd5a068
 import argparse
 import ast
+import asyncio
 import dataclasses
 import re
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -59,7 +61,7 @@ def read_params(
     config = make_config(cls, params)
     return {name: getattr(config, name) for name in params}
 
-# %% ../nbs/43_launch.ipynb #2545adba
+# %% ../nbs/43_launch.ipynb #b6dbda19
 class _Lines:
     "A file that writes above the progress bar."
 
@@ -97,6 +99,7 @@ def run_notebook(
         try:
             papermill.execute_notebook(str(notebook), str(report), params, km=km, progress_bar=show, stdout_file=_Lines() if show else None)
         finally:
+            with ThreadPoolExecutor() as pool: pool.submit(asyncio.run, km.shutdown_kernel(now=True)).result()   # a loop of its own: ours may be in a cell
             if report.exists(): write_html(report)
     return run
 
@@ -123,7 +126,7 @@ def results_table(
     table = data.pivot_table(index=index, columns="model", values="value", aggfunc="last", sort=False)
     return table.reset_index().rename_axis(columns=None).to_string(index=False, float_format="{:.3f}".format, na_rep="-")
 
-# %% ../nbs/43_launch.ipynb #a55709b9
+# %% ../nbs/43_launch.ipynb #8ade767a
 def main(
     argv=None,  # list of words; None: those of the command line
 ) -> int:       # exit status: 0 done, 1 a cell failed, 2 wrong input, 130 interrupted
@@ -149,7 +152,7 @@ def main(
         print(f"\nerror: a cell failed: {error.ename}: {error.evalue}\nthe red cell in {run.path / 'report.html'} shows where", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: -p run_dir {run.path}" if run else "\nstopped", file=sys.stderr)
+        print("\nstopped" + (f"; the same command with run_dir {run.path} goes on" if run else ""), file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

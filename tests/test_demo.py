@@ -3,8 +3,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -85,6 +87,33 @@ def test_kernel_is_the_one_of_this_environment(tmp_path, monkeypatch):
     notebook = write_notebook(tmp_path / "05_x.ipynb", "import sys; open(run_dir + '/python', 'w').write(sys.prefix)")
     launch.run_notebook(notebook, {"run_dir": str(tmp_path)}, show=False)
     assert (tmp_path / "python").read_text() == sys.prefix
+
+
+def alive(pid):
+    "Say whether a process runs (a zombie does not)."
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+def test_no_kernel_outlives_its_run(tmp_path):
+    notebook = write_notebook(tmp_path / "05_x.ipynb", "import os; open(run_dir + '/pid', 'w').write(str(os.getpid()))")
+    launch.run_notebook(notebook, {"run_dir": str(tmp_path)}, show=False)
+    assert not alive((tmp_path / "pid").read_text())
+
+
+def test_interrupted(tmp_path):
+    "Ctrl-C ends the kernel, keeps the report so far, and says how to go on, without a traceback."
+    code = "import os, time\nprint('here')\nopen(run_dir + '/pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    notebook = write_notebook(tmp_path / "05_x.ipynb", code)
+    job = subprocess.Popen([sys.executable, "-m", "seer_nb.launch", notebook, "-p", "run_dir", tmp_path], cwd=TOP, stderr=subprocess.PIPE, text=True)
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert job.poll() is None
+        time.sleep(.1)
+    job.send_signal(signal.SIGINT)
+    error = job.communicate(timeout=30)[1]
+    assert job.returncode == 130 and f"run_dir {tmp_path}" in error and "Traceback" not in error
+    assert not alive(pid.read_text()) and (tmp_path / "report.html").exists()
 
 
 # ── make ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
