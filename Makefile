@@ -9,6 +9,7 @@ NOTEBOOKS := $(wildcard nbs/*.ipynb nbs/*/*.ipynb)
 STAMPS := $(VENV)/.installed-notebooks $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help demo test lab docs readme clean
 
 help:  ## list the targets

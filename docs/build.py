@@ -32,9 +32,9 @@ def page_name(notebook: str) -> str:
 def links(text: str, here: str, base: str) -> str:
     "Let links to notebooks and to the published site lead to pages of this site."
     up = "../" * here.count("/")
-    text = re.sub(rf"\]\({re.escape(base)}/([^)#]+)\.html", rf"]({up}\1.ipynb", text)
-    renumber = lambda m: f"]({page_name(m[1])}.ipynb"
-    return re.sub(r"\]\((?![a-z]+:)([^)#]+)\.ipynb", renumber, text)
+    text = re.sub(r"\]\((?![a-z]+:)([^)#]+)\.ipynb", lambda m: f"]({page_name(m[1])}.ipynb", text)
+    # nbdev's link to a method or a private name has no heading to lead to; it leads to the page
+    return re.sub(rf"\]\({re.escape(base)}/([^)#]+)\.html(#[a-z]\w*(?=\))|)[^)]*", rf"]({up}\1.ipynb\2", text)
 
 
 def sphinx_cells(cell, here: str, base: str):
@@ -87,8 +87,7 @@ def build_with_sphinx():
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     proc_nbs(force=True, n_workers=2)
-    shutil.rmtree(SOURCE, ignore_errors=True)
-    shutil.rmtree(SITE, ignore_errors=True)
+    for old in (SOURCE, SITE): shutil.rmtree(old, ignore_errors=True)
     config = get_config()
     for _, notebooks in sidebar():
         for notebook in notebooks: sphinx_page(notebook, config.doc_host + config.doc_baseurl)

@@ -10,7 +10,6 @@ project, author, version = settings["title"], settings["author"], settings["vers
 copyright = settings["copyright"]
 html_title = project
 html_theme = "furo"
-html_theme_options = {"source_repository": settings["git_url"], "source_branch": settings["branch"], "source_directory": "nbs/"}
 html_copy_source = html_show_sourcelink = False
 html_css_files = ["styles.css"]
 

@@ -118,7 +118,7 @@ def test_interrupted(tmp_path):
 
 # ── make ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FAKE = """#!{python}
+FAKE = """
 import json, pathlib, sys
 here = pathlib.Path(__file__).parent.parent
 if sys.argv[1] == "-I": print((here / "works").exists())
@@ -132,10 +132,14 @@ def house(tmp_path):
     for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt"): shutil.copy(TOP / name, tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
     for name in ("pyvenv.cfg", "works"): (tmp_path / ".venv" / name).touch()
-    python = tmp_path / ".venv/bin/python"
-    python.write_text(FAKE.format(python=sys.executable))
-    python.chmod(0o755)
+    (tmp_path / ".venv/bin/fake.py").write_text(FAKE)
+    script(tmp_path / ".venv/bin/python", f'exec "{sys.executable}" "{tmp_path}/.venv/bin/fake.py" "$@"')
     return tmp_path
+
+
+def script(path, line):
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
 
 
 def make(house, *words, status=0):
@@ -174,8 +178,7 @@ def test_installed_once_and_again_when_the_versions_change(house):
 
 
 def test_tests_install_what_the_demo_needs(house):
-    (house / ".venv/bin/nbdev_test").write_text("#!/bin/sh\n")
-    (house / ".venv/bin/nbdev_test").chmod(0o755)
+    script(house / ".venv/bin/nbdev_test", "exit 0")
     assert installs(make(house, "test")) == 1
     assert installs(make(house, "demo")) == 0
 
