@@ -12,7 +12,7 @@ import nbformat
 import yaml
 
 TOP = Path(__file__).resolve().parent.parent
-SITE, SOURCE = TOP / "_docs", TOP / "build/docs"
+SITE, SOURCE, DRAFT = TOP / "_docs", TOP / "build/docs", TOP / "build/site"
 CALLOUT = re.compile(r"^(:{3,}) *\{ *\.callout-(\w+)[^}]*\}", re.M)
 
 
@@ -87,14 +87,16 @@ def build_with_sphinx():
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     proc_nbs(force=True, n_workers=2)
-    for old in (SOURCE, SITE): shutil.rmtree(old, ignore_errors=True)
+    for old in (SOURCE, DRAFT): shutil.rmtree(old, ignore_errors=True)
     config = get_config()
     for _, notebooks in sidebar():
         for notebook in notebooks: sphinx_page(notebook, config.doc_host + config.doc_baseurl)
     (SOURCE / "_static").mkdir()
     shutil.copy(TOP / "nbs/styles.css", SOURCE / "_static")
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", TOP / "docs",
-                    "-D", f"html_static_path={SOURCE / '_static'}", SOURCE, SITE], check=True)
+                    "-D", f"html_static_path={SOURCE / '_static'}", SOURCE, DRAFT], check=True)
+    shutil.rmtree(SITE, ignore_errors=True)
+    DRAFT.rename(SITE)
 
 
 def build_with_quarto():

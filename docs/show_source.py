@@ -1,4 +1,4 @@
-"""nbdev processors (settings.ini, `procs`): a page shows the code that the package runs, under a heading for each exported name.
+"""An nbdev processor (settings.ini, `procs`): a page shows the code that the package runs, under a heading for each exported name.
 
 By default nbdev replaces an exported cell by its signature. Here the signature goes and the cell stays."""
 from nbdev.process import Processor
@@ -10,6 +10,7 @@ class HeadingAboveSource(Processor):
     def begin(self):
         cells, moved = [], None
         for cell in self.nb.cells:
+            if not cell.source.strip(): continue   # held nothing but a directive
             if getattr(cell, "has_sd", False):
                 for output in cell.get("outputs", []):
                     output["data"] = {"text/markdown": [line for line in output["data"]["text/markdown"] if line.startswith("#")]}
@@ -18,8 +19,3 @@ class HeadingAboveSource(Processor):
                 cells += moved or []
                 moved = [cell]
         self.nb.cells = cells + (moved or [])
-
-
-def hide_plumbing(cell):
-    "Drop the cells that nbdev would hide, except exported ones."
-    if cell.cell_type == "code" and cell.directives_ and cell.directives_.keys() & {"hide", "exporti", "default_exp"}: del cell["source"]

@@ -16,7 +16,7 @@ from seer_nb.launch import notebook_name, parameters_of, read_params
 
 TOP = Path(__file__).resolve().parent.parent
 NBS = TOP / "nbs"
-FILES = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+FILES = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if not {".ipynb_checkpoints", "runs"} & {*p.relative_to(TOP).parts})
 RUNS = [f for f in FILES if re.match(r"00_|33_|90_|evaluate/(5[2-9]|6)", f)]   # papermill runs these: the jobs, and every evaluation
 PRESETS = sorted(p.relative_to(NBS).as_posix() for p in NBS.glob("params/**/*.y*ml"))
 BASE = {"torch", "torchvision", "numpy", "PIL", "cv2", "tqdm", "safetensors", "seer_nb"}   # the base install, by import name
@@ -115,7 +115,7 @@ def rebuilt(tmp_path_factory):
     copy = tmp_path_factory.mktemp("tree") / "seer_nb"
     copy.mkdir()
     for name in ("settings.ini", "pyproject.toml", "setup.py", "_quarto.yml"): shutil.copy(TOP / name, copy)
-    shutil.copytree(NBS, copy / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(NBS, copy / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
     for command in ("nbdev_clean", "nbdev_export"):
         done = subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).resolve().parent.parent
-FILES = sorted(p.relative_to(TOP / "nbs").as_posix() for p in TOP.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+FILES = sorted(p.relative_to(TOP / "nbs").as_posix() for p in TOP.glob("nbs/**/*.ipynb") if not {".ipynb_checkpoints", "runs"} & {*p.relative_to(TOP).parts})
 
 
 def page(file):
@@ -24,7 +24,7 @@ def site(tmp_path_factory):
     "Built from a copy; warnings of Sphinx (a lost link, a broken table) are errors."
     top = tmp_path_factory.mktemp("site")
     for name in ("settings.ini", "_quarto.yml", "pyproject.toml"): shutil.copy(TOP / name, top)
-    for name in ("nbs", "seer_nb", "docs"): shutil.copytree(TOP / name, top / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("nbs", "seer_nb", "docs"): shutil.copytree(TOP / name, top / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     core = json.loads((top / "nbs/01_core.ipynb").read_text())
     core["cells"].append({**core["cells"][-1], "cell_type": "code", "id": "0000hide", "outputs": [], "execution_count": None, "source": ["#| hide\n", "not_shown_anywhere = 1"]})
     (top / "nbs/01_core.ipynb").write_text(json.dumps(core))
