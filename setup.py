@@ -14,7 +14,8 @@ def words(key):
     return cfg.get(key, "").split()
 
 
-notebooks, peers, dev = (words(f"{name}_requirements") for name in ("notebooks", "peers", "dev"))
+extras = {name: words(f"{name}_requirements") for name in ("notebooks", "peers", "docs", "dev")}
+extras["dev"] = sorted({*extras["notebooks"], *extras["peers"], *extras["docs"], *extras["dev"]})   # everything
 
 setup(
     name=cfg["lib_name"],
@@ -28,11 +29,13 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
+    classifiers=["Intended Audience :: Science/Research", "Topic :: Scientific/Engineering :: Artificial Intelligence",
+                 *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14))],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["seer_nb", "seer_nb.*"]),
     package_data={"seer_nb": ["**/*.csv"]},
     install_requires=words("requirements"),
-    extras_require={"notebooks": notebooks, "peers": peers, "dev": notebooks + peers + dev},
+    extras_require=extras,
     entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )
