@@ -41,7 +41,7 @@ def notebook_name(
     "Return a notebook's name without folder and number, e.g. `quickstart`."
     return re.sub(r"^\d+_", "", Path(notebook).stem)
 
-# %% ../nbs/43_launch.ipynb #c697daca
+# %% ../nbs/43_launch.ipynb #3f95b006
 def read_params(
     cls,              # dataclass of `parameters_of`
     preset="",        # YAML file of name: value lines
@@ -50,6 +50,7 @@ def read_params(
     "Read a preset and command-line overrides into a checked dict of parameters. Raises `ValueError` or `TypeError`."
     import yaml
     params = {}
+    if any(name == "preset" for name, _ in overrides): raise ValueError("choose a preset by its file: -f nbs/params/…/NAME.yaml")
     if preset:
         path = Path(preset)
         if not path.exists():

@@ -80,7 +80,7 @@ def random_region(
     region = picture[y : y + side, x : x + side]
     return cv2.resize(region, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
 
-# %% ../nbs/11_toyworld.ipynb #83178a35
+# %% ../nbs/11_toyworld.ipynb #be1b3a97
 LUMA = np.float32([0.299, 0.587, 0.114])   # ITU-R BT.601
 
 
@@ -91,23 +91,23 @@ def recolour(
     "Return the image under a random white balance, contrast and brightness; one in five without colour."
     image = image.astype(np.float32)
     if rng.random() < 0.2: image = (image @ LUMA)[..., None].repeat(3, -1)
-    image = image * rng.uniform(0.8, 1.25, 3).astype(np.float32)
+    image = image * rng.uniform(0.85, 1.18, 3).astype(np.float32)
     mean = image.mean()
-    image = (image - mean) * rng.uniform(0.7, 1.3) + mean + rng.uniform(-30, 30)
+    image = (image - mean) * rng.uniform(0.75, 1.25) + mean + rng.uniform(-25, 25)
     return image.clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/11_toyworld.ipynb #76d524b4
+# %% ../nbs/11_toyworld.ipynb #c5194937
 def background(
     rng: np.random.Generator,  # source of the draws
     split: str,                # whose strips
     size: int,                 # side, pixels
 ):
-    "Return a recoloured region of a random picture at about a third of its contrast, uint8 [size, size, 3]."
+    "Return a recoloured region of a random picture at a quarter of its contrast, uint8 [size, size, 3]."
     names = list(pictures())
     image = random_region(rng, pictures()[names[rng.integers(len(names))]], split, (48, 128), size)
     image = recolour(rng, image).astype(np.float32)
     mean = image.mean((0, 1))
-    return (mean + (image - mean) * 0.35).clip(0, 255).astype(np.uint8)
+    return (mean + (image - mean) * 0.25).clip(0, 255).astype(np.uint8)
 
 
 def contrasting_colour(
@@ -147,7 +147,7 @@ def draw_polygon(
     corners = np.stack([centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles)], -1)
     cv2.fillPoly(image, [np.round(corners * 8).astype(np.int32)], colour.tolist(), cv2.LINE_AA, shift=3)
 
-# %% ../nbs/11_toyworld.ipynb #871d2484
+# %% ../nbs/11_toyworld.ipynb #d0363a82
 DIGITS_TRAIN = 1200   # digits before this index belong to train, the other 597 to test
 
 
@@ -187,7 +187,7 @@ class ToyWorld:
         "Return image i, uint8 [3, size, size] over channels-last memory."
         rng, subject = self._start(i)
         if subject == "digit":
-            image = paste_digit(rng, background(rng, "train", self.size), digits()[0][rng.integers(DIGITS_TRAIN)], (54, 78))
+            image = paste_digit(rng, background(rng, "train", self.size), digits()[0][rng.integers(DIGITS_TRAIN)], (64, 88))
         else:
             image = recolour(rng, random_region(rng, pictures()[subject], "train", (48, 200), self.size))
         return torch.from_numpy(image).permute(2, 0, 1)
@@ -214,20 +214,20 @@ TOY_TASKS = {
     "toy_orientation": ToyTask(("E", "SE", "S", "SW", "W", "NW", "N", "NE"), 8000, 1600),
 }
 
-# %% ../nbs/11_toyworld.ipynb #c61912b6
+# %% ../nbs/11_toyworld.ipynb #b2dd761f
 def _scene(rng, split, label, size):
-    return recolour(rng, random_region(rng, pictures()[SCENES[label]], split, (72, 104), size)), label
+    return recolour(rng, random_region(rng, pictures()[SCENES[label]], split, (84, 104), size)), label
 
 
 def _digit(rng, split, label, size):
     k = rng.integers(DIGITS_TRAIN) if split == "train" else rng.integers(DIGITS_TRAIN, len(digits()[0]))
-    return paste_digit(rng, background(rng, split, size), digits()[0][k], (36, 52)), int(digits()[1][k])
+    return paste_digit(rng, background(rng, split, size), digits()[0][k], (44, 58)), int(digits()[1][k])
 
 
 def _count(rng, split, label, size):
     image, placed = background(rng, split, size), []
     while len(placed) <= label:
-        radius = rng.uniform(4, 9)
+        radius = rng.uniform(6, 9)
         centre = rng.uniform(radius + 1, size - radius - 1, 2)
         if all(np.hypot(*(centre - c)) > radius + r + 2 for c, r in placed): placed.append((centre, radius))
     behind = image.copy()

@@ -30,7 +30,7 @@ from .regnet import REGNETY, regnety
 from .swav import Queue, SwAV, SwAVHead, collapse_metrics, diagnose, swapped_prediction, swav_codes
 from .weights import save_backbone
 
-# %% ../nbs/32_trainer.ipynb #f4e324c4
+# %% ../nbs/32_trainer.ipynb #47a54407
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     "The settings of a pretraining run; the defaults are the smoke test."
@@ -52,6 +52,7 @@ class PretrainConfig:
     max_small: float = 0.14        # largest area of a small crop, share of the image
     min_small: float = 0.05        # smallest area of a small crop, share of the image
     strength: float = 1.0          # of the colour jitter
+    max_blur: float = 2.0          # largest blur radius, pixels of the crop
     temperature: float = 0.1       # of the prediction
     epsilon: float = 0.05          # of Sinkhorn; SEER-10B 0.03
     sinkhorn_iterations: int = 3   # SEER 10
@@ -99,7 +100,7 @@ class PretrainConfig:
     def crop(self) -> MultiCrop:
         "Return the augmentation."
         return MultiCrop(self.n_large, self.n_small, self.large_size, self.small_size, (self.min_large, 1.0), (self.min_small, self.max_small),
-                         strength=self.strength)
+                         strength=self.strength, sigma=(min(0.1, self.max_blur), self.max_blur))
 
 # %% ../nbs/32_trainer.ipynb #87c71b64
 @dataclasses.dataclass
