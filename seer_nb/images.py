@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MIN_SIDE', 'EXTENSIONS', 'BadImage', 'decode_image', 'ImageFiles',
-           'open_images', 'shuffled', 'StatelessSampler', 'Samples', 'bad_image_report']
+           'open_images', 'SmallCopies', 'shuffled', 'StatelessSampler', 'Samples', 'bad_image_report']
 
 # %% ../nbs/10_images.ipynb #fe83b740
 import json
@@ -73,7 +73,7 @@ def _upright_rgb(
     if image.mode != "RGB": image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
-# %% ../nbs/10_images.ipynb #2723312a
+# %% ../nbs/10_images.ipynb #a6c28b83
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8")   # how files of FORMATS begin
 
 
@@ -91,10 +91,11 @@ def _check_file(
 def decode_image(
     source,                        # path of a file, or its bytes
     max_pixels: int = MAX_PIXELS,  # refuse larger images before decoding
+    shrink: int = 0,               # largest length of the shorter side of the result, pixels; 0: as it is
 ) -> torch.Tensor:
     """Decode an image to a uint8 tensor [3, H, W], upright, RGB, a view of [H, W, 3] memory.
 
-    Of an animation the first frame. Raises `BadImage` and nothing else for whatever is wrong with the file.
+    Of an animation the first frame. With `shrink`, a large JPEG is decoded at a fraction of its size. Raises `BadImage` and nothing else for whatever is wrong with the file.
     """
     raw = isinstance(source, (bytes, bytearray, memoryview))
     head = b""
@@ -107,8 +108,13 @@ def decode_image(
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(*image.size, max_pixels)
+                if shrink: image.draft(None, (2 * shrink, 2 * shrink))
                 image.load()
-                pixels = np.array(_upright_rgb(image))       # a copy: torch needs memory it may write to
+                image = _upright_rgb(image)
+                short = min(image.size)
+                if 0 < shrink < short:
+                    image = image.resize([max(MIN_SIDE, round(side * shrink / short)) for side in image.size], Image.Resampling.BILINEAR)
+                pixels = np.array(image)                     # a copy: torch needs memory it may write to
     except (BadImage, MemoryError): raise
     except FileNotFoundError: raise BadImage("missing", "no such file") from None
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error: raise BadImage("unreadable", error.strerror) from None
@@ -122,7 +128,7 @@ def decode_image(
         raise BadImage(reason, str(error.strerror if unreadable else error) or type(error).__name__) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
-# %% ../nbs/10_images.ipynb #32ccf54d
+# %% ../nbs/10_images.ipynb #621b4859
 class ImageFiles:
     "Image files as a source: `len(source)`, `source[i]` -> uint8 tensor [3, H, W], `source.name(i)`."
 
@@ -131,6 +137,7 @@ class ImageFiles:
         root,                          # folder that relative names start from
         names,                         # iterable of paths, str or bytes
         max_pixels: int = MAX_PIXELS,  # larger images are refused
+        shrink: int = 0,               # largest length of the shorter side, pixels; 0: as it is
     ):
         blob, ends = bytearray(), [0]
         offsets = []                                          # int64 arrays of up to 2**16 ends
@@ -138,7 +145,7 @@ class ImageFiles:
             blob += os.fsencode(name)
             ends.append(len(blob))
             if len(ends) > 2**16: offsets.append(np.array(ends, np.int64)); ends = []
-        self.root, self.max_pixels = os.fspath(root), max_pixels
+        self.root, self.max_pixels, self.shrink = os.fspath(root), max_pixels, shrink
         self._blob, self._offsets = bytes(blob), np.concatenate([*offsets, np.array(ends, np.int64)])
 
     def __len__(self): return len(self._offsets) - 1
@@ -152,7 +159,7 @@ class ImageFiles:
         return os.fsdecode(self._blob[self._offsets[i]:self._offsets[i + 1]])
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return decode_image(os.path.join(self.root, self.name(i)), self.max_pixels)
+        return decode_image(os.path.join(self.root, self.name(i)), self.max_pixels, self.shrink)
 
 # %% ../nbs/10_images.ipynb #a0dab4d3
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")   # the files of a folder that are read, in upper or lower case
@@ -176,7 +183,7 @@ def _walk(
         if is_folder: yield from _walk(entry.path, prefix + entry.name + b"/", seen)
         elif entry.name.lower().endswith(tuple(e.encode() for e in EXTENSIONS)) and is_file: yield prefix + entry.name
 
-# %% ../nbs/10_images.ipynb #d31c96ee
+# %% ../nbs/10_images.ipynb #1a3f05ba
 def _read_list(
     path,  # a .npy array, or a text file with a path on each line
 ):
@@ -201,6 +208,7 @@ def _read_list(
 def open_images(
     spec,                          # a folder, a list (text or .npy), or "toyworld:N" for N built-in images
     max_pixels: int = MAX_PIXELS,  # larger images are refused when they are read
+    shrink: int = 0,               # files: largest length of the shorter side, pixels; 0: as it is
 ):
     """Open a source of images: `len(source)`, `source[i]` -> uint8 tensor [3, H, W], `source.name(i)` -> str.
 
@@ -217,13 +225,44 @@ def open_images(
     path = Path(text).expanduser()
     if not text or not path.exists(): raise FileNotFoundError(f"no such folder or list of images: {text!r}")
     if path.is_dir():
-        source = ImageFiles(path, _walk(os.fsencode(path)), max_pixels)
+        source = ImageFiles(path, _walk(os.fsencode(path)), max_pixels, shrink)
         if not len(source): raise ValueError(f"{text!r} holds no image: files ending in {', '.join(EXTENSIONS)} are read, in all subfolders")
         return source
     if path.suffix.lower() in EXTENSIONS: raise ValueError(f"{text!r} is a single image: give its folder, or a list")
-    source = ImageFiles(path.parent, _read_list(path), max_pixels)
+    source = ImageFiles(path.parent, _read_list(path), max_pixels, shrink)
     if not len(source): raise ValueError(f"{text!r} is an empty list: it needs the path of an image on each line")
     return source
+
+# %% ../nbs/10_images.ipynb #18e8bb8d
+class SmallCopies:
+    "A source that keeps its images in memory: at most `limit` of them, chosen by the seed; a bad image stays bad."
+
+    def __init__(
+        self,
+        source,          # what open_images returns, best with shrink
+        limit: int = 0,  # number of images; 0: all
+        seed: int = 0,   # of the choice
+    ):
+        self.source, self.seed = source, seed
+        self.n = min(limit, len(source)) if limit else len(source)
+        self._kept = {}
+
+    def __len__(self): return self.n
+
+    def _original(self, i):
+        if not 0 <= i < self.n: raise IndexError(f"image {i} of {self.n}")
+        return int(shuffled([i], len(self.source), self.seed, 2**32)[0])   # an epoch that no run reaches
+
+    def name(
+        self,
+        i: int,  # 0 <= i < len(self)
+    ) -> str:
+        "Return the name of image `i` in the source."
+        return self.source.name(self._original(i))
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if i not in self._kept: self._kept[i] = self.source[self._original(i)]
+        return self._kept[i]
 
 # %% ../nbs/10_images.ipynb #9dad8d7e
 def _scramble(

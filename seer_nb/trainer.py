@@ -6,7 +6,7 @@
 __all__ = ['PretrainConfig', 'Training', 'build_training', 'fixed_running_statistics', 'NotFinite', 'train_step', 'build_loader',
            'save_checkpoint', 'load_checkpoint', 'load_newest', 'pack', 'unpack', 'RunResult', 'pretrain']
 
-# %% ../nbs/32_trainer.ipynb #8fe16768
+# %% ../nbs/32_trainer.ipynb #9bcbce56
 import contextlib
 import dataclasses
 import hashlib
@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .core import MetricLog, RunDir, progress, seed_all, write_atomic
-from .images import Samples, StatelessSampler, bad_image_report, open_images
+from .images import Samples, SmallCopies, StatelessSampler, bad_image_report, open_images
 from .larc import LARC, warmup_cosine
 from .multicrop import MultiCrop, collate_crops, init_worker, normalize
 from .regnet import REGNETY, regnety
 from .swav import Queue, SwAV, SwAVHead, collapse_metrics, diagnose, swapped_prediction, swav_codes
 from .weights import save_backbone
 
-# %% ../nbs/32_trainer.ipynb #47a54407
+# %% ../nbs/32_trainer.ipynb #0eeb1691
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     "The settings of a pretraining run; the defaults are the smoke test."
@@ -38,6 +38,8 @@ class PretrainConfig:
     seed: int = 0                  # key of every random draw
     preset: str = "smoke"          # name of the YAML file these values come from
     images: str = "toyworld:512"   # folder, list, or toyworld:N
+    max_images: int = 0            # use so many, chosen by the seed; 0: all
+    shrink: int = 0                # keep copies of this shorter side in memory, pixels; 0: decode every time
     backbone: str = "regnety_toy"  # a key of REGNETY
     head_width: int = 64           # of the hidden layers; SEER: 4096 (to 32GF), 8192
     head_depth: int = 1            # hidden layers; SEER: 2
@@ -86,7 +88,7 @@ class PretrainConfig:
         need(self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}")
         for name in ("batch_size", "accumulate", "steps", "n_prototypes", "log_every", "checkpoint_every", "keep", "head_width", "out_features"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("queue_length", "queue_start", "freeze_prototypes", "workers", "head_depth", "seed"):
+        for name in ("max_images", "shrink", "queue_length", "queue_start", "freeze_prototypes", "workers", "head_depth", "seed"):
             need(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         need(self.batch_size % self.accumulate == 0, f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         need(1 <= self.n_large <= self.n_large + self.n_small and self.n_large + self.n_small >= 2,
@@ -96,6 +98,11 @@ class PretrainConfig:
     def rate(self, step: int) -> float:
         "Return the learning rate of a step."
         return warmup_cosine(step, self.steps, self.warmup_steps, self.start_rate, self.peak_rate, self.end_rate)
+
+    def source(self):
+        "Open the images. Raises `FileNotFoundError` or `ValueError` if there are none."
+        source = open_images(self.images, shrink=self.shrink)
+        return SmallCopies(source, self.max_images, self.seed) if self.shrink or self.max_images else source
 
     def crop(self) -> MultiCrop:
         "Return the augmentation."
@@ -299,7 +306,7 @@ def unpack(
             training.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(groups["momentum"][name])
     training.step = step
 
-# %% ../nbs/32_trainer.ipynb #787c9f4c
+# %% ../nbs/32_trainer.ipynb #99307f18
 class RunResult(NamedTuple):
     "What a pretraining run leaves."
     run_dir: Path     # the folder
@@ -329,7 +336,7 @@ def pretrain(
     Raises `FileNotFoundError` or `ValueError` before anything is written if there are no images, and `NotFinite` if the loss stops being a number.
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    source = open_images(config.images)
+    source = config.source()
     run = RunDir(config.run_dir, "pretrain")
     run.begin(config)
     training, log, losses = build_training(config, device), MetricLog(run.metrics), []
