@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/30_swav.ipynb #f1bbd251
+# %% ../nbs/30_swav.ipynb #82409a52
 @torch.no_grad()
 def sinkhorn(
     scores_BK,              # float [..., B, K], cosines; leading dimensions are separate problems
@@ -32,18 +32,18 @@ def sinkhorn(
         S = scores_BK.float() / epsilon
         top = S.amax(-2, keepdim=True)                                    # [..., 1, K]
         if group is not None: dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        E = torch.exp(S - top)                                            # [..., B, K], each column at most 1
+        E = S.sub_(top).exp_()                                            # [..., B, K], each column at most 1
         tiny = torch.finfo(E.dtype).tiny
-        v = torch.ones_like(E[..., :1])                                   # [..., B, 1]
+        v = torch.ones_like(E[..., 0]).unsqueeze(-2)                      # [..., 1, B]; a row times a matrix is fast, a matrix times a column slow
         for _ in range(n_iters):
-            columns = E.mT @ v                                            # [..., K, 1]
+            columns = v @ E                                               # [..., 1, K]
             if group is not None: dist.all_reduce(columns, group=group)
             u = 1 / columns.clamp_min(tiny)
-            u = u / u.sum(-2, keepdim=True)                               # u and 1/v share a scale: keep it from drifting
-            v = 1 / (E @ u).clamp_min(tiny)
-        return E * v * u.mT
+            u = u / u.sum(-1, keepdim=True)                               # u and 1/v share a scale: keep it from drifting
+            v = 1 / (u @ E.mT).clamp_min(tiny)
+        return E.mul_(v.mT).mul_(u)
 
-# %% ../nbs/30_swav.ipynb #7f30a37f
+# %% ../nbs/30_swav.ipynb #4889be05
 def swapped_prediction(
     scores: list,              # V tensors [B, K], with gradient
     codes_ABK,                 # float32 [n_large, B, K], of the first n_large crops
@@ -53,10 +53,8 @@ def swapped_prediction(
     n_large, total = len(codes_ABK), codes_ABK.sum(0)
     loss = 0
     for p, scores_BK in enumerate(scores):
-        own = p < n_large
-        target_BK = total - codes_ABK[p] if own else total
-        logits_BK = scores_BK.float() / temperature
-        loss = loss + (n_large - own) * logits_BK.logsumexp(1).mean() - (target_BK * logits_BK).sum(1).mean()
+        target_BK = total - codes_ABK[p] if p < n_large else total
+        loss = loss + F.cross_entropy(scores_BK.float() / temperature, target_BK)
     return loss / (n_large * (len(scores) - 1))
 
 

@@ -130,7 +130,7 @@ def build_training(
     head = SwAVHead(backbone.num_features, (config.head_width,) * config.head_depth, config.out_features, config.n_prototypes, config.head_batch_norm)
     model = SwAV(backbone, head).to(device)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
-    if config.compile: model.backbone.compile()
+    if config.compile: model.backbone.compile(dynamic=False)         # one program per crop size, not one for any size
     optimizer = LARC(model.parameters(), config.rate(0), config.momentum, config.weight_decay, config.trust_coefficient)
     queue = Queue(config.queue_length, config.out_features, config.n_large).to(device) if config.queue_length else None
     return Training(model, optimizer, queue, torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"))
