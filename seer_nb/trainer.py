@@ -109,7 +109,7 @@ class PretrainConfig:
         return MultiCrop(self.n_large, self.n_small, self.large_size, self.small_size, (self.min_large, 1.0), (self.min_small, self.max_small),
                          strength=self.strength, sigma=(min(0.1, self.max_blur), self.max_blur))
 
-# %% ../nbs/32_trainer.ipynb #87c71b64
+# %% ../nbs/32_trainer.ipynb #12188e14
 @dataclasses.dataclass
 class Training:
     "The parts of a run that change as it learns."
