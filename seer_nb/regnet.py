@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH_RULES', 'REGNETY', 'Stage', 'AnyNetConfig', 'snap_vissl', 'snap_torchvision', 'RegNetConfig', 'conv_bn',
-           'SqueezeExcite', 'Block', 'RegNetY', 'regnety', 'count_parameters', 'count_macs', 'config_from_dict']
+           'SqueezeExcite', 'Block', 'init_weights', 'RegNetY', 'regnety', 'count_parameters', 'count_macs',
+           'config_from_dict']
 
 # %% ../nbs/20_regnet.ipynb #671a919d
 import dataclasses
@@ -187,7 +188,20 @@ class Block(nn.Module):
         branch = self.b(self.a(x).relu_()).relu_()
         return (self.shortcut(x) + self.c(self.se(branch))).relu_()
 
-# %% ../nbs/20_regnet.ipynb #cedceca5
+# %% ../nbs/20_regnet.ipynb #26593a1f
+def init_weights(
+    module: nn.Module,  # a backbone or any part of one; changed in place
+):
+    "Draw the published initialisation from PyTorch's generator, layer after layer."
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            fan_out = layer.kernel_size[0] ** 2 * layer.out_channels              # not divided by the groups
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+            if layer.bias is not None:                                            # SE only; PyTorch's default
+                nn.init.uniform_(layer.bias, -layer.in_channels**-0.5, layer.in_channels**-0.5)
+        elif isinstance(layer, nn.BatchNorm2d): layer.reset_parameters()          # weight 1, bias 0: the last one too
+
+# %% ../nbs/20_regnet.ipynb #ff878f83
 class RegNetY(nn.Module):
     "The backbone: images [B, 3, H, W] to features [B, num_features]."
 
@@ -205,17 +219,7 @@ class RegNetY(nn.Module):
             blocks = [Block(width, stage.width, stage.group_width, 2, config.se_ratio)]
             blocks += [Block(stage.width, stage.width, stage.group_width, 1, config.se_ratio) for _ in range(stage.depth - 1)]
             self.stages[f"res{n}"], width = nn.Sequential(*blocks), stage.width
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        "Draw the published initialisation anew from PyTorch's generator."
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] ** 2 * module.out_channels        # not divided by the groups
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                if module.bias is not None:                                       # SE only; PyTorch's default
-                    nn.init.uniform_(module.bias, -module.in_channels**-0.5, module.in_channels**-0.5)
-            elif isinstance(module, nn.BatchNorm2d): module.reset_parameters()    # weight 1, bias 0: the last one too
+        init_weights(self)
 
     def feature_maps(
         self,
