@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VISSL_224', 'VISSL_384', 'TIMM_224', 'WARP_384', 'PARAMETERS', 'FEATURES', 'SEER_LICENCE', 'README', 'MODEL_ZOO',
-           'TIMM', 'VISSL_URL', 'SEER', 'BASELINES', 'HUB', 'COPIES', 'ZOO', 'CHUNK', 'TIMEOUT', 'ImageRecipe',
-           'HeadShape', 'Score', 'PublicFile', 'cache_folder', 'file_place', 'download', 'main']
+           'TIMM', 'VISSL_URL', 'SEER', 'BASELINES', 'HUB', 'COPIES', 'ZOO', 'CHUNK', 'ImageRecipe', 'HeadShape',
+           'Score', 'PublicFile', 'zoo_row', 'zoo_table', 'cache_folder', 'file_place', 'download', 'main']
 
-# %% ../nbs/18_zoo.ipynb #28c21314
+# %% ../nbs/18_zoo.ipynb #92a614fc
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -230,15 +231,45 @@ COPIES = {
 
 ZOO = {**SEER, **BASELINES, **COPIES}
 
-# %% ../nbs/18_zoo.ipynb #43e277bc
-CHUNK = 1 << 20   # bytes read at a time
-TIMEOUT = 60      # seconds without a byte
+# %% ../nbs/18_zoo.ipynb #b518905b
+def zoo_row(
+    name,  # a slug, an address, or the path of a downloaded file
+) -> PublicFile | None:
+    "Return the row of a public file, or None."
+    if str(name) in ZOO: return ZOO[str(name)]
+    return next((row for slug, row in ZOO.items() if row.url == str(name) or Path(str(name)).parent.name == slug), None)
+
+# %% ../nbs/18_zoo.ipynb #98f8b004
+def zoo_table():
+    "Return all rows as a DataFrame, one line per slug. Raises `ImportError` without pandas."
+    try: import pandas as pd
+    except ImportError as error: raise ImportError("the table needs pandas: pip install 'seer_nb[notebooks]'") from error
+
+    def line(row):
+        head = f"{'-'.join(map(str, row.head.widths))}{' BN' * row.head.batch_norm}, {row.head.prototypes} prototypes" if row.head else ""
+        image = f"{row.preprocess.crop} {row.preprocess.channels.upper()}{' warped' * row.preprocess.warp}"
+        return {"network": row.network, "million parameters": round(row.parameters / 1e6, 1), "size": _size(row.bytes),
+                "size is": "listed" if row.listed_bytes else "computed", "container": row.container, "names": row.names,
+                "head": head or (f"{row.classes} classes" if row.classes else "none"), "input": image,
+                "ImageNet top-1": next((s.value for s in row.scores if s.benchmark == "ImageNet-1k"), None),
+                "measured": next((s.protocol for s in row.scores if s.benchmark == "ImageNet-1k"), ""),
+                "hash known": bool(row.sha256), "licence": row.licence, "defects": row.defects, "inferred": row.inferred}
+
+    return pd.DataFrame([line(row) for row in ZOO.values()], index=pd.Index(ZOO, name="slug"))
 
 
+def _size(n) -> str:
+    "Write a number of bytes as a person would."
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000: return f"{n} {unit}" if unit == "bytes" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"
+
+# %% ../nbs/18_zoo.ipynb #209869d5
 def cache_folder() -> Path:
     "Return the folder for downloads: $SEER_NB_CACHE, else seer_nb in the platform's cache folder."
     if own := os.environ.get("SEER_NB_CACHE"): return Path(own)
-    if sys.platform == "win32": base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")
+    if sys.platform == "win32": base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
     elif sys.platform == "darwin": base = Path.home() / "Library/Caches"
     else: base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "seer_nb"
@@ -248,14 +279,14 @@ def file_place(
     url: str,     # http or https
     folder=None,  # instead of the cache folder
 ) -> Path:
-    "Return where the file of a URL belongs: a folder of its own, since many files have the same name."
+    "Return where the file of an address belongs, whether it is there or not."
     parts = urlsplit(url)
-    slug = next((slug for slug, row in ZOO.items() if row.url == url), None)
     host = re.sub(r"[^\w.-]+", "_", parts.hostname or "")
+    own = next((slug for slug, row in ZOO.items() if row.url == url), f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
     name = re.sub(r"[^\w.-]+", "_", unquote(parts.path).rsplit("/", 1)[-1]).lstrip(".")[-120:]
-    return Path(folder or cache_folder()) / (slug or f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:12]}") / (name or "file")
+    return Path(folder or cache_folder()) / own / (name or "file")
 
-# %% ../nbs/18_zoo.ipynb #632829f8
+# %% ../nbs/18_zoo.ipynb #d215a984
 class _Redirect(request.HTTPRedirectHandler):
     "Follow a redirect only to http or https, and never from https to http."
 
@@ -264,16 +295,19 @@ class _Redirect(request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _open(url, start=0, validator=""):
-    "Ask for the file, or for its bytes from `start` on if it is still the one of `validator`."
-    opener = request.OpenerDirector()             # request.build_opener would also open file:, ftp: and data:
+def _open(url, start=0, version=""):
+    "Ask for a file, or for its bytes from `start` on if it is still that version."
+    opener = request.OpenerDirector()
     for handler in (request.ProxyHandler, request.HTTPHandler, request.HTTPSHandler, request.HTTPDefaultErrorHandler,
                     _Redirect, request.HTTPErrorProcessor, request.UnknownHandler): opener.add_handler(handler())
     headers = {"User-Agent": "seer_nb", "Accept-Encoding": "identity"}
-    if start: headers |= {"Range": f"bytes={start}-", "If-Range": validator}
-    return opener.open(request.Request(url, headers=headers), timeout=TIMEOUT)
+    if start: headers |= {"Range": f"bytes={start}-", "If-Range": version}
+    return opener.open(request.Request(url, headers=headers), timeout=60)          # seconds without a byte
 
-# %% ../nbs/18_zoo.ipynb #e8bb5c14
+# %% ../nbs/18_zoo.ipynb #4fde6e95
+CHUNK = 1 << 20   # bytes read at a time: progress counts MiB
+
+
 def _beside(path, ending): return path.with_name(path.name + ending)
 
 
@@ -284,158 +318,189 @@ def _read_json(path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def _version(headers) -> str:
+    "Return what identifies this version of the file for If-Range: a strong ETag, else its date, else nothing."
+    etag = headers.get("ETag", "")
+    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
+
+
+def _begin(url, start, total, version):
+    "Ask for what follows the first `start` bytes. Return the response and the byte at which it begins: `start`, or 0 for the whole file."
+    try: response = _open(url, start, version)
+    except HTTPError as error:
+        if error.code != 416 or not start: raise                           # 416: the file is shorter now
+        return _open(url), 0
+    if not start or response.status == 200: return response, 0
+    same = response.headers.get("Content-Range") == f"bytes {start}-{total - 1}/{total}" and _version(response.headers) in ("", version)
+    if same: return response, start
+    response.close()
+    return _open(url), 0
+
+# %% ../nbs/18_zoo.ipynb #76c59f71
+def _transfer(url, part):
+    """Fetch what is missing of `url` into `part`.
+
+    Raises `OSError` or `HTTPException` when the network or the disk fails; the bytes that came stay in `part`.
+    """
+    about = _beside(part, ".json")
+    total, version = (_read_json(about).get(key) for key in ("bytes", "version"))
+    have = part.stat().st_size if part.exists() and total and version else 0
+    if have and have == total: return
+    response, start = _begin(url, have, total, version)
+    with response, open(part, "ab" if start else "wb") as file:
+        if not start:
+            if response.headers.get_content_type() == "text/html": raise ConnectionError("a web page came instead of a file: a login, or a proxy?")
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdigit() else None
+            write_atomic(about, json.dumps({"bytes": total, "version": _version(response.headers)}))
+        _need((total or 0) - start, part.parent)
+        chunks = iter(lambda: response.read(CHUNK), b"")
+        for chunk in progress(chunks, total and math.ceil((total - start) / CHUNK), f"{part.stem} (MiB)"): file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    size = part.stat().st_size
+    if total is not None and size != total: raise ConnectionError(f"the connection ended at {size:,} of {total:,} bytes")
+
+
+def _need(bytes, folder):
+    "Raise `OSError` if the disk of `folder` has less room."
+    free = shutil.disk_usage(folder).free
+    if bytes > free: raise OSError(f"{_size(bytes)} are missing and the disk has {_size(free)} free")
+
+# %% ../nbs/18_zoo.ipynb #7676e7e2
+def _size_of(path) -> int: return path.stat().st_size if path.exists() else 0
+
+
+def _transfer_all(url, part):
+    "Fetch `url` into `part`, over as many connections as it takes. Raises `ConnectionError`, or another `OSError` for the disk."
+    most = _size_of(part)
+    while True:
+        try: return _transfer(url, part)
+        except (OSError, HTTPException) as error:
+            size = _size_of(part)
+            if size > most: most = size; continue
+            network = isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError))
+            reason = f"HTTP {error.code} {error.reason}" if isinstance(error, HTTPError) else str(getattr(error, "reason", "") or error)
+            kept = f" {_size(size)} are kept; call again to go on." if size else ""
+            raise (ConnectionError if network else OSError)(
+                f"cannot fetch {url}: {reason or type(error).__name__}.{kept}"
+                f" By hand: put the file at {part.with_name(part.name[:-5])} and call again.") from error
+
+# %% ../nbs/18_zoo.ipynb #66e22ccf
 def _sha256(path) -> str:
+    "Return the SHA-256 of a file."
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK): digest.update(chunk)
     return digest.hexdigest()
 
 
-def _size(n) -> str:
-    "Write a number of bytes as a person would."
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB": return f"{n:,.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.3g} {unit}"
-        n /= 1000
-
-# %% ../nbs/18_zoo.ipynb #dd137570
-def _validator(headers) -> str:
-    "Return what identifies this version of the file for If-Range: a strong ETag, else its date, else nothing."
-    etag = headers.get("ETag", "")
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
+def _stamp(path) -> dict: return {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
 
-def _transfer(url, part):
-    """Fetch what is missing of `url` into `part`; `part`.json remembers which version of the file its bytes belong to.
-
-    Raises `OSError` or `HTTPException` when the network or the disk fails; the bytes that came stay in `part`.
-    """
-    about = _beside(part, ".json")
-    old = _read_json(about)
-    total, validator = old.get("bytes"), old.get("validator")
-    start = part.stat().st_size if part.exists() and total and validator else 0
-    if start and start == total: return
-    try: response = _open(url, start, validator)
-    except HTTPError as error:
-        if error.code != 416 or not start: raise
-        start, response = 0, _open(url)
-    continues = response.status == 206 and response.headers.get("Content-Range") == f"bytes {start}-{(total or 0) - 1}/{total}"
-    if start and not (continues and _validator(response.headers) in ("", validator)):
-        if response.status == 206: response.close(); response = _open(url)
-        start = 0
-    with response, open(part, "ab" if start else "wb") as file:
-        if not start:
-            if response.headers.get_content_type() == "text/html": raise ConnectionError("a web page came instead of the file: a login, or a proxy?")
-            length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdigit() else None
-            write_atomic(about, json.dumps({"bytes": total, "validator": _validator(response.headers)}))   # after `part` was emptied
-        free = shutil.disk_usage(part.parent).free
-        if total and total - start > free: raise OSError(f"{_size(total - start)} are missing and the disk has {_size(free)} free")
-        chunks = iter(lambda: response.read(CHUNK), b"")
-        for chunk in progress(chunks, total and math.ceil((total - start) / CHUNK), f"{part.stem} (MiB)"): file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    if total is not None and part.stat().st_size != total:
-        raise ConnectionError(f"the connection ended at {part.stat().st_size:,} of {total:,} bytes")
-
-# %% ../nbs/18_zoo.ipynb #8d07dfc6
-def _checked(path, sha256, report) -> dict:
-    "Return the record of a file that is whole, or an empty dict if there is none. Raises `ValueError` if it is another file than asked for."
-    if not path.is_file(): return {}
-    stat, record = path.stat(), _read_json(_beside(path, ".record.json"))
-    now = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    if {**record, **now} != record:                        # never seen, or touched since: read it all
-        digest = _sha256(path)
-        if record and record.get("sha256") != digest:
-            report(f"{path.name} is damaged ({stat.st_size:,} bytes, {record.get('bytes'):,} were written): fetching it again")
-            path.unlink()
-            return {}
-        record = {**record, **now, "sha256": digest}
-    if sha256 and record["sha256"] != sha256:
-        raise ValueError(f"{path} is not the file asked for: its SHA-256 is {record['sha256']}, not {sha256}. Remove it to fetch it again.")
+def _keep_record(path, sha256) -> dict:
+    "Write down and return what `path` is now."
+    record = {**_stamp(path), "sha256": sha256}
     write_atomic(_beside(path, ".record.json"), json.dumps(record))
     return record
 
 
+def _known(path, report) -> dict:
+    "Return the record of a whole file, an empty dict if there is none. A damaged one is removed."
+    if not path.is_file(): return {}
+    record = _read_json(_beside(path, ".record.json"))
+    if {**record, **_stamp(path)} == record: return record                 # untouched since
+    digest = _sha256(path)
+    if record.get("sha256", digest) == digest: return _keep_record(path, digest)
+    report(f"{path.name} is damaged, {path.stat().st_size:,} bytes instead of {record['bytes']:,}: fetching it again")
+    path.unlink()
+    return {}
+
+# %% ../nbs/18_zoo.ipynb #4cc6a30c
+@contextlib.contextmanager
+def _alone(path, report):
+    "Wait until no other process works on `path`, and keep the others away."
+    from filelock import FileLock, Timeout
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try: lock.acquire(blocking=False)
+    except Timeout:
+        report(f"another process is fetching {path.name}: waiting for it")
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
+
 def _fetch(url, path, sha256, report) -> Path:
-    "Bring one file to `path`, once, whatever other processes do."
-    from filelock import FileLock                          # torch depends on it
+    "Bring one file to `path`. Raises `ValueError` for another hash than `sha256`, if that is given."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):    # the system frees it when a process dies
-        record = _checked(path, sha256, report)
-        if not record:
-            part = _beside(path, ".part")
-            _transfer_all(url, part, path)
-            digest = _sha256(part)
-            if sha256 and digest != sha256:
-                part.unlink()
-                raise ValueError(f"{url} gave a file with SHA-256 {digest}, expected {sha256}: it was removed")
-            os.replace(part, path)
-            _beside(part, ".json").unlink(missing_ok=True)
-            record = {"url": url.split("?")[0], "sha256": digest, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
-            write_atomic(_beside(path, ".record.json"), json.dumps(record))
+    record = _known(path, report)
+    if not record:
+        with _alone(path, report):
+            record = _known(path, report) or _fetch_alone(url, path, sha256)
+    if sha256 and record["sha256"] != sha256:
+        raise ValueError(f"{path} is not the file asked for: its SHA-256 is {record['sha256']}, not {sha256}. Remove it to fetch it again.")
     report(f"{path.name}: {_size(record['bytes'])}, SHA-256 {record['sha256']}")
     return path
 
 
-def _transfer_all(url, part, path):
-    "Fetch `url` into `part`, going on after every interruption as long as bytes come."
-    have = -1
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        have = max(have, before)
-        try: return _transfer(url, part)
-        except (OSError, HTTPException) as error:
-            size = part.stat().st_size if part.exists() else 0
-            if size > have: continue
-            network = isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError))
-            reason = f"HTTP {error.code} {error.reason}" if isinstance(error, HTTPError) else str(getattr(error, "reason", "") or error)
-            kept = f" {_size(size)} are kept in {part.name}; call again to go on." if size else ""
-            raise (ConnectionError if network else OSError)(
-                f"cannot fetch {url}: {reason or type(error).__name__}.{kept} By hand: curl -L -o '{path}' '{url}', then call again") from error
+def _fetch_alone(url, path, sha256) -> dict:
+    "Fetch, check, rename, and return the record."
+    part = _beside(path, ".part")
+    _transfer_all(url, part)
+    digest = _sha256(part)
+    if sha256 and digest != sha256:
+        part.unlink()
+        raise ValueError(f"{url} gave a file with the SHA-256 {digest}, not {sha256}; it was removed")
+    os.replace(part, path)
+    _beside(part, ".json").unlink(missing_ok=True)
+    return _keep_record(path, digest)
 
-# %% ../nbs/18_zoo.ipynb #99a3eb19
-def _shards(index) -> list:
-    "Return the file names in the index of a sharded checkpoint. Raises `ValueError` for anything but plain names."
+# %% ../nbs/18_zoo.ipynb #2a3c0a5c
+def _shards(index) -> tuple:
+    "Return the file names in the index of a sharded checkpoint, and the bytes of its tensors. Raises `ValueError` for anything but plain names."
     try:
         if index.stat().st_size > 32 << 20: raise ValueError("it is too large")
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        content = json.loads(index.read_text())
+        names = sorted(set(content["weight_map"].values()))
+        total = int(content.get("metadata", {}).get("total_size", 0))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index.name} is not the index of a sharded checkpoint: {error}") from None
+        raise ValueError(f"{index.name} is no index of a sharded checkpoint: {type(error).__name__} {error}") from None
     for name in names:
-        if not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin|pt|pth)", name, re.ASCII): raise ValueError(f"{index.name} names a shard {name!r}, which is no plain file name")
-    return names
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin|pt|pth)", name, re.ASCII):
+            raise ValueError(f"{index.name} names a shard {name!r}, which is no plain file name")
+    return names, total
 
-
+# %% ../nbs/18_zoo.ipynb #02943297
 def download(
     name_or_url: str,   # a slug of ZOO, or an http(s) address
     folder=None,        # instead of the cache folder
     *,
-    sha256: str = "",   # expected hash of the file; default: the published one, if ZOO has it
-    report=print,       # called with one line per file: name, size, SHA-256
+    sha256: str = "",   # expected hash of the file; empty: the published one, if ZOO has it
+    report=print,       # called with a line per file: name, size, SHA-256
 ) -> Path:
     """Fetch a file of weights and return its path; a second call returns at once.
 
-    An interrupted transfer goes on where it stopped. With an index (`*.index.json`) come its shards. Raises `ValueError` for an unknown
-    name, a refused address or a wrong hash, and `OSError` (`ConnectionError`) when the disk (the network) fails.
+    An interrupted transfer goes on where it stopped. With an index (`*.index.json`) come its shards, into the same folder. Raises `ValueError`
+    for an unknown name, a refused address or a wrong hash, `ConnectionError` for the network and another `OSError` for the disk.
     """
-    row = ZOO.get(name_or_url)
-    url = row.url if row else name_or_url
-    if not row and "://" not in url:
-        raise ValueError(f"there is no public file {url!r}{did_you_mean(url, ZOO)}; `python -m seer_nb.zoo list` shows all")
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname: raise ValueError(f"only http and https addresses are fetched, got {url!r}")
-    hashes = next((r.sha256 for r in ZOO.values() if r.url == url), {})
-    path = file_place(url, folder)
-    wanted = (sha256 or hashes.get(path.name, "")).lower()
-    if wanted and not re.fullmatch("[0-9a-f]{64}", wanted): raise ValueError(f"a SHA-256 has 64 hexadecimal digits, got {sha256!r}")
-    _fetch(url, path, wanted, report)
+    row = zoo_row(name_or_url)
+    if row is None and "://" not in name_or_url:
+        raise ValueError(f"there is no public file {name_or_url!r}{did_you_mean(name_or_url, ZOO)}; `python -m seer_nb.zoo list` shows all")
+    url = row.url if row else quote(name_or_url, safe=":/?#[]@!$&'()*+,;=%~")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname: raise ValueError(f"only http and https addresses are fetched, got {name_or_url!r}")
+    if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256): raise ValueError(f"a SHA-256 has 64 hexadecimal digits, got {sha256!r}")
+    path, hashes = file_place(url, folder), row.sha256 if row else {}
+    _fetch(url, path, sha256.lower() or hashes.get(path.name, ""), report)
     if path.name.endswith(".index.json"):
-        parts = urlsplit(url)
-        for name in _shards(path):
-            shard = urlunsplit(parts._replace(path=parts.path.rsplit("/", 1)[0] + "/" + quote(name)))
+        names, total = _shards(path)
+        _need(total - sum(_size_of(path.with_name(name)) + _size_of(path.with_name(name + ".part")) for name in names), path.parent)
+        for name in names:
+            shard = urlunsplit(parts._replace(path=parts.path.rsplit("/", 1)[0] + "/" + name))
             _fetch(shard, path.with_name(name), hashes.get(name, ""), report)
     return path
 
-# %% ../nbs/18_zoo.ipynb #59a286ac
+# %% ../nbs/18_zoo.ipynb #1f4dc80f
 def main(
     argv=None,  # list of words; None: those of the command line
 ) -> int:       # exit status: 0 done, 2 failed, 130 interrupted
@@ -449,7 +514,7 @@ def main(
     get.add_argument("--sha256", default="", help="expected hash")
     args = parser.parse_args(argv)
     if args.command == "list":
-        for slug, row in ZOO.items(): print(f"{slug:38} {_size(row.bytes):>8}  {row.network:13}  {row.container}")
+        for slug, row in ZOO.items(): print(f"{slug:38} {_size(row.bytes):>8}  {row.container}")
         return 0
     try: print(download(args.name, args.folder, sha256=args.sha256))
     except (ValueError, OSError, ImportError) as error:
