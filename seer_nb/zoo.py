@@ -239,7 +239,7 @@ def zoo_row(
     if str(name) in ZOO: return ZOO[str(name)]
     return next((row for slug, row in ZOO.items() if row.url == str(name) or Path(str(name)).parent.name == slug), None)
 
-# %% ../nbs/18_zoo.ipynb #98f8b004
+# %% ../nbs/18_zoo.ipynb #7f0518cc
 def zoo_table():
     "Return all rows as a DataFrame, one line per slug. Raises `ImportError` without pandas."
     try: import pandas as pd
@@ -253,7 +253,7 @@ def zoo_table():
                 "head": head or (f"{row.classes} classes" if row.classes else "none"), "input": image,
                 "ImageNet top-1": next((s.value for s in row.scores if s.benchmark == "ImageNet-1k"), None),
                 "measured": next((s.protocol for s in row.scores if s.benchmark == "ImageNet-1k"), ""),
-                "hash known": bool(row.sha256), "licence": row.licence, "defects": row.defects, "inferred": row.inferred}
+                "hashes": len(row.sha256), "licence": row.licence, "defects": row.defects, "inferred": row.inferred}
 
     return pd.DataFrame([line(row) for row in ZOO.values()], index=pd.Index(ZOO, name="slug"))
 
