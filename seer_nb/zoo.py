@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VISSL_224', 'VISSL_384', 'TIMM_224', 'WARP_384', 'PARAMETERS', 'FEATURES', 'SEER_LICENCE', 'README', 'MODEL_ZOO',
-           'TIMM', 'VISSL_URL', 'SEER', 'BASELINES', 'HUB', 'COPIES', 'ZOO', 'CHUNK', 'ImageRecipe', 'HeadShape',
-           'Score', 'PublicFile', 'zoo_row', 'zoo_table', 'cache_folder', 'file_place', 'download', 'main']
+           'TIMM', 'VISSL_URL', 'SEER', 'BASELINES', 'HUB', 'COPIES', 'ZOO', 'CHUNK', 'NETWORK', 'ImageRecipe',
+           'HeadShape', 'Score', 'PublicFile', 'zoo_row', 'zoo_table', 'cache_folder', 'file_place', 'download', 'main']
 
-# %% ../nbs/18_zoo.ipynb #92a614fc
+# %% ../nbs/18_zoo.ipynb #d02933b0
 import argparse
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ import shutil
 import sys
 from http.client import HTTPException
 from pathlib import Path
+from ssl import SSLError
 from typing import NamedTuple
 from urllib import request
 from urllib.error import HTTPError, URLError
@@ -367,7 +368,10 @@ def _need(bytes, folder):
     free = shutil.disk_usage(folder).free
     if bytes > free: raise OSError(f"{_size(bytes)} are missing and the disk has {_size(free)} free")
 
-# %% ../nbs/18_zoo.ipynb #7676e7e2
+# %% ../nbs/18_zoo.ipynb #ed8927e8
+NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)   # what a new connection may cure
+
+
 def _size_of(path) -> int: return path.stat().st_size if path.exists() else 0
 
 
@@ -377,9 +381,8 @@ def _transfer_all(url, part):
     while True:
         try: return _transfer(url, part)
         except (OSError, HTTPException) as error:
-            size = _size_of(part)
-            if size > most: most = size; continue
-            network = isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError))
+            size, network = _size_of(part), isinstance(error, NETWORK)
+            if network and size > most: most = size; continue
             reason = f"HTTP {error.code} {error.reason}" if isinstance(error, HTTPError) else str(getattr(error, "reason", "") or error)
             kept = f" {_size(size)} are kept; call again to go on." if size else ""
             raise (ConnectionError if network else OSError)(
@@ -455,7 +458,7 @@ def _fetch_alone(url, path, sha256) -> dict:
     _beside(part, ".json").unlink(missing_ok=True)
     return _keep_record(path, digest)
 
-# %% ../nbs/18_zoo.ipynb #2a3c0a5c
+# %% ../nbs/18_zoo.ipynb #017cdc18
 def _shards(index) -> tuple:
     "Return the file names in the index of a sharded checkpoint, and the bytes of its tensors. Raises `ValueError` for anything but plain names."
     try:
@@ -463,7 +466,7 @@ def _shards(index) -> tuple:
         content = json.loads(index.read_text())
         names = sorted(set(content["weight_map"].values()))
         total = int(content.get("metadata", {}).get("total_size", 0))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{index.name} is no index of a sharded checkpoint: {type(error).__name__} {error}") from None
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin|pt|pth)", name, re.ASCII):
