@@ -175,18 +175,19 @@ BASELINES = {
     "sup_regnety_128gf": _supervised("128gf", "sup_regnet128_in1k/imnetlabels_regnety128gf_vissl_converted_bgr.torch", 80.57),
 }
 
-# %% ../nbs/18_zoo.ipynb #50b8daa1
+# %% ../nbs/18_zoo.ipynb #8910d382
 HUB = "https://huggingface.co/{}/resolve/main/{}"
 
 
-def _transformers(size, number, finetuned, file, listed_bytes, sha256, defects=""):
+def _transformers(size, number, finetuned, file, listed_bytes, sha256):
     "Return the row of a copy for transformers."
     repository, slug = f"facebook/regnet-y-{number}-seer", f"seer_regnety_{size}"
     return PublicFile(url=HUB.format(repository + "-in1k" * finetuned, file), network=f"regnety_{size}", parameters=PARAMETERS[size],
                       container=("safetensors" if "safetensors" in file else "pickle") + (", sharded" if file.endswith(".json") else ""),
                       names="transformers", preprocess=WARP_384, classes=1000 * finetuned, copy_of=slug + "_in1k" * finetuned,
                       listed_bytes=listed_bytes, sha256=sha256, licence="the Hub page says apache-2.0; the weights are Meta's: " + SEER_LICENCE,
-                      defects=defects, inferred="preprocessing (from the conversion script and the image processor)")
+                      inferred="preprocessing (from the conversion script and the image processor)"
+                               + "; name of the index (the shards are listed)" * file.endswith(".json"))
 
 
 def _timm(size, number, finetuned, listed_bytes, sha256="", top1=None):
@@ -196,7 +197,7 @@ def _timm(size, number, finetuned, listed_bytes, sha256="", top1=None):
     return PublicFile(url=HUB.format(repository, "model.safetensors"), network=f"regnety_{size}", parameters=PARAMETERS[size],
                       container="safetensors", names="timm", preprocess=VISSL_384 if finetuned else TIMM_224, classes=1000 * finetuned,
                       copy_of=slug + "_in1k" * finetuned, listed_bytes=listed_bytes, sha256={"model.safetensors": sha256} if sha256 else {},
-                      scores=scores, licence=SEER_LICENCE, inferred="" if finetuned else "preprocessing is timm's default, not SEER's")
+                      scores=scores, licence=SEER_LICENCE, inferred="" if finetuned else "preprocessing is timm's default, nothing of SEER's")
 
 # %% ../nbs/18_zoo.ipynb #162592f4
 COPIES = {
@@ -232,13 +233,14 @@ COPIES = {
 
 ZOO = {**SEER, **BASELINES, **COPIES}
 
-# %% ../nbs/18_zoo.ipynb #b518905b
+# %% ../nbs/18_zoo.ipynb #2fbaa012
 def zoo_row(
     name,  # a slug, an address, or the path of a downloaded file
 ) -> PublicFile | None:
     "Return the row of a public file, or None."
-    if str(name) in ZOO: return ZOO[str(name)]
-    return next((row for slug, row in ZOO.items() if row.url == str(name) or Path(str(name)).parent.name == slug), None)
+    name = str(name)
+    if "://" in name: return next((row for row in ZOO.values() if row.url == name), None)
+    return ZOO.get(name) or ZOO.get(Path(name).parent.name)
 
 # %% ../nbs/18_zoo.ipynb #7f0518cc
 def zoo_table():
@@ -337,7 +339,7 @@ def _begin(url, start, total, version):
     response.close()
     return _open(url), 0
 
-# %% ../nbs/18_zoo.ipynb #76c59f71
+# %% ../nbs/18_zoo.ipynb #12515252
 def _transfer(url, part):
     """Fetch what is missing of `url` into `part`.
 
@@ -353,6 +355,8 @@ def _transfer(url, part):
             if response.headers.get_content_type() == "text/html": raise ConnectionError("a web page came instead of a file: a login, or a proxy?")
             length = response.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else None
+            if response.status != 200 or total is None and not response.chunked:      # without a length the end cannot be told from a break
+                raise ConnectionError(f"the answer has the status {response.status} and no length")
             write_atomic(about, json.dumps({"bytes": total, "version": _version(response.headers)}))
         _need((total or 0) - start, part.parent)
         chunks = iter(lambda: response.read(CHUNK), b"")
@@ -389,7 +393,7 @@ def _transfer_all(url, part):
                 f"cannot fetch {url}: {reason or type(error).__name__}.{kept}"
                 f" By hand: put the file at {part.with_name(part.name[:-5])} and call again.") from error
 
-# %% ../nbs/18_zoo.ipynb #66e22ccf
+# %% ../nbs/18_zoo.ipynb #e965dfd2
 def _sha256(path) -> str:
     "Return the SHA-256 of a file."
     digest = hashlib.sha256()
@@ -408,22 +412,27 @@ def _keep_record(path, sha256) -> dict:
     return record
 
 
-def _known(path, report) -> dict:
-    "Return the record of a whole file, an empty dict if there is none. A damaged one is removed."
-    if not path.is_file(): return {}
+def _untouched(path) -> dict:
+    "Return the record of a file that is as we left it, else an empty dict."
     record = _read_json(_beside(path, ".record.json"))
-    if {**record, **_stamp(path)} == record: return record                 # untouched since
-    digest = _sha256(path)
+    return record if path.is_file() and {**record, **_stamp(path)} == record else {}
+
+
+def _reread(path, report) -> dict:
+    "Hash a file that is new here, or touched. Return its record; an empty dict if there is none or it is damaged, which removes it."
+    if not path.is_file(): return {}
+    record, digest = _read_json(_beside(path, ".record.json")), _sha256(path)
     if record.get("sha256", digest) == digest: return _keep_record(path, digest)
     report(f"{path.name} is damaged, {path.stat().st_size:,} bytes instead of {record['bytes']:,}: fetching it again")
     path.unlink()
     return {}
 
-# %% ../nbs/18_zoo.ipynb #4cc6a30c
+# %% ../nbs/18_zoo.ipynb #e173dcf4
 @contextlib.contextmanager
 def _alone(path, report):
     "Wait until no other process works on `path`, and keep the others away."
-    from filelock import FileLock, Timeout
+    try: from filelock import FileLock, Timeout
+    except ImportError as error: raise ImportError("a download needs filelock, which usually comes with torch: pip install filelock") from error
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try: lock.acquire(blocking=False)
     except Timeout:
@@ -436,10 +445,10 @@ def _alone(path, report):
 def _fetch(url, path, sha256, report) -> Path:
     "Bring one file to `path`. Raises `ValueError` for another hash than `sha256`, if that is given."
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = _known(path, report)
+    record = _untouched(path)
     if not record:
         with _alone(path, report):
-            record = _known(path, report) or _fetch_alone(url, path, sha256)
+            record = _untouched(path) or _reread(path, report) or _fetch_alone(url, path, sha256)
     if sha256 and record["sha256"] != sha256:
         raise ValueError(f"{path} is not the file asked for: its SHA-256 is {record['sha256']}, not {sha256}. Remove it to fetch it again.")
     report(f"{path.name}: {_size(record['bytes'])}, SHA-256 {record['sha256']}")
@@ -473,27 +482,28 @@ def _shards(index) -> tuple:
             raise ValueError(f"{index.name} names a shard {name!r}, which is no plain file name")
     return names, total
 
-# %% ../nbs/18_zoo.ipynb #02943297
+# %% ../nbs/18_zoo.ipynb #ca4814d7
 def download(
     name_or_url: str,   # a slug of ZOO, or an http(s) address
     folder=None,        # instead of the cache folder
     *,
     sha256: str = "",   # expected hash of the file; empty: the published one, if ZOO has it
-    report=print,       # called with a line per file: name, size, SHA-256
+    report=print,       # called with lines: licence and known trouble of a public file, then name, size and SHA-256 of each file
 ) -> Path:
     """Fetch a file of weights and return its path; a second call returns at once.
 
     An interrupted transfer goes on where it stopped. With an index (`*.index.json`) come its shards, into the same folder. Raises `ValueError`
     for an unknown name, a refused address or a wrong hash, `ConnectionError` for the network and another `OSError` for the disk.
     """
-    row = zoo_row(name_or_url)
-    if row is None and "://" not in name_or_url:
+    url = ZOO[name_or_url].url if name_or_url in ZOO else quote(name_or_url, safe=":/?#[]@!$&'()*+,;=%~")
+    if "://" not in url:
         raise ValueError(f"there is no public file {name_or_url!r}{did_you_mean(name_or_url, ZOO)}; `python -m seer_nb.zoo list` shows all")
-    url = row.url if row else quote(name_or_url, safe=":/?#[]@!$&'()*+,;=%~")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname: raise ValueError(f"only http and https addresses are fetched, got {name_or_url!r}")
     if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256): raise ValueError(f"a SHA-256 has 64 hexadecimal digits, got {sha256!r}")
-    path, hashes = file_place(url, folder), row.sha256 if row else {}
+    path, row = file_place(url, folder), zoo_row(url)
+    if row and not path.exists(): report("; ".join(filter(None, (row.licence, row.defects))))
+    hashes = row.sha256 if row else {}
     _fetch(url, path, sha256.lower() or hashes.get(path.name, ""), report)
     if path.name.endswith(".index.json"):
         names, total = _shards(path)

@@ -105,7 +105,8 @@ class Site:
         self.breaks = []            # bytes after which the next connections end
         self.ranges = True          # honour Range
         self.checks = True          # honour If-Range
-        self.extra = 0              # added to Content-Length
+        self.length, self.extra = True, 0    # send Content-Length, and so much too large
+        self.chunked = False        # send the body in chunks
         self.status, self.type = 200, "application/octet-stream"
         self.sent, self.asked = [], []
         self.hold = None            # called between the two halves of a body
@@ -123,12 +124,14 @@ class Site:
         if start >= len(content): return handler.send_error(416)
         handler.send_response(206 if start else 200)
         if start: handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        handler.send_header("Content-Length", len(content) - start + self.extra)
+        if self.length: handler.send_header("Content-Length", len(content) - start + self.extra)
         handler.send_header("Content-Type", self.type)
         if etag: handler.send_header("ETag", etag)
         body = content[start:][: self.breaks.pop(0)] if self.breaks else content[start:]
         self.sent.append(len(body))
+        if self.chunked: handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
+        if self.chunked: body = b"%x\r\n%s\r\n" % (len(content), body) + b"0\r\n\r\n" * (len(body) == len(content))
         if self.hold:
             handler.wfile.write(body[: 3 * len(body) // 4])
             self.hold()
@@ -142,7 +145,12 @@ def site(monkeypatch):
     site = Site()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self): site.answer(self)
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.close_connection = True
+            site.answer(self)
+
         def log_message(self, *_): pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -261,6 +269,31 @@ def test_a_wrong_hash_leaves_nothing(site, tmp_path):
 def test_a_web_page_is_no_file(site, tmp_path):
     site.type = "text/html; charset=utf-8"
     with pytest.raises(ConnectionError, match="web page"): download(site.url, tmp_path)
+
+
+def test_without_a_length_a_break_would_look_like_the_end(site, tmp_path):
+    site.length, site.breaks = False, [1_000_000]
+    with pytest.raises(ConnectionError, match="no length"): download(site.url, tmp_path)
+    assert not file_place(site.url, tmp_path).exists()
+
+
+def test_chunks_say_where_they_end(site, tmp_path):
+    site.length, site.chunked, site.breaks = False, True, [1_000_000] * 9
+    with pytest.raises(ConnectionError): download(site.url, tmp_path)
+    assert not file_place(site.url, tmp_path).exists()
+    site.breaks.clear()
+    assert download(site.url, tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("status", [204, 206])
+def test_only_200_is_a_whole_file(site, tmp_path, monkeypatch, status):
+    opened = zoo._open
+    def other(*args):
+        response = opened(*args)
+        response.status = status
+        return response
+    monkeypatch.setattr(zoo, "_open", other)
+    with pytest.raises(ConnectionError, match=f"status {status}"): download(site.url, tmp_path)
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
@@ -451,6 +484,20 @@ def test_published_hashes_are_used(site, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="b.bin"): download("mine", tmp_path)
     assert (tmp_path / "mine/a.bin").exists() and not (tmp_path / "mine/b.bin").exists()
     assert zoo_row(row.url) is row and zoo_row(tmp_path / "mine/a.bin") is row
+
+
+def test_licence_and_trouble_are_told_before_a_public_file_is_fetched(site, tmp_path, monkeypatch):
+    monkeypatch.setitem(ZOO, "mine", zoo.dataclasses.replace(ZOO["seer_regnety_256gf"], url=site.url))
+    lines = []
+    download("mine", tmp_path, report=lines.append)
+    assert zoo.SEER_LICENCE in lines[0] and "do not match" in lines[0] and digest(CONTENT) in lines[1]
+    download("mine", tmp_path, report=lines.append)
+    assert len(lines) == 3
+
+
+def test_a_mirror_is_fetched_from_the_mirror(site, tmp_path):
+    site.files["/seer_regnety_32gf/w.bin"] = OTHER
+    assert download(site.root + "/seer_regnety_32gf/w.bin", tmp_path).read_bytes() == OTHER
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
