@@ -307,7 +307,7 @@ def _open(url, start=0, version=""):
     if start: headers |= {"Range": f"bytes={start}-", "If-Range": version}
     return opener.open(request.Request(url, headers=headers), timeout=60)          # seconds without a byte
 
-# %% ../nbs/18_zoo.ipynb #4fde6e95
+# %% ../nbs/18_zoo.ipynb #6568e22e
 CHUNK = 1 << 20   # bytes read at a time: progress counts MiB
 
 
@@ -332,6 +332,7 @@ def _begin(url, start, total, version):
     try: response = _open(url, start, version)
     except HTTPError as error:
         if error.code != 416 or not start: raise                           # 416: the file is shorter now
+        error.close()
         return _open(url), 0
     if not start or response.status == 200: return response, 0
     same = response.headers.get("Content-Range") == f"bytes {start}-{total - 1}/{total}" and _version(response.headers) in ("", version)
