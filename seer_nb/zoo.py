@@ -98,7 +98,7 @@ class PublicFile:
 PARAMETERS = {"16gf": 80_565_140, "32gf": 141_333_770, "64gf": 276_457_786, "128gf": 637_419_894, "256gf": 1_272_156_138, "10b": 9_323_934_872}
 FEATURES = {"regnety_16gf": 3024, "regnety_32gf": 3712, "regnety_64gf": 4920, "regnety_128gf": 7392, "regnety_256gf": 10444, "regnety_10b": 28280}
 
-# %% ../nbs/18_zoo.ipynb #f448ee63
+# %% ../nbs/18_zoo.ipynb #cb7f96c6
 SEER_LICENCE = "SEER licence: non-commercial research only, with further restrictions"
 README, MODEL_ZOO, TIMM = "vissl projects/SEER/README.md", "vissl MODEL_ZOO.md", "timm results (huggingface/pytorch-image-models)"
 VISSL_URL = "https://dl.fbaipublicfiles.com/vissl/model_zoo/"
@@ -118,14 +118,14 @@ def _pretrained(size, path, hidden, batch_norm, linear, tap, inat, places, copyd
               Score("CopyDays (strong)", "copy detection, frozen", "mAP", copydays, README))
     return _vissl(size, path, preprocess=VISSL_224, head=HeadShape((FEATURES[f"regnety_{size}"], hidden, hidden, 256), batch_norm, 16000),
                   scores=scores, licence=SEER_LICENCE, defects=defects,
-                  inferred="head (from VISSL's evaluation configs), its presence in the file, preprocessing, size")
+                  inferred="head (from VISSL's evaluation configs), its presence in the file, preprocessing, container, size")
 
 
 def _finetuned(size, path, top1):
     "Return the row of a SEER network fine-tuned on ImageNet."
     return _vissl(size, f"seer_finetuned/{path}", preprocess=VISSL_384, classes=1000, licence=SEER_LICENCE,
                   scores=(Score("ImageNet-1k", "fine-tuned, 384 px", "top-1 acc %", top1, README),),
-                  inferred="preprocessing (VISSL's 384-pixel transforms), size; the number of epochs behind 'phase' in the name")
+                  inferred="preprocessing (VISSL's 384-pixel transforms), container, size; the number of epochs behind 'phase' in the name")
 
 # %% ../nbs/18_zoo.ipynb #a2d2e828
 _LONG_128 = "swav_ig1b_regnet128Gf_cnstant_bs32_node16_sinkhorn10_proto16k_syncBN64_warmup8k"
@@ -151,20 +151,20 @@ SEER = {
     "seer_regnety_10b_in1k": _finetuned("10b", "seer_10b_finetuned_in1k_model_phase28_conso.torch", 85.8),
 }
 
-# %% ../nbs/18_zoo.ipynb #e5925bd4
+# %% ../nbs/18_zoo.ipynb #0d0a2263
 def _swav(size, path, top1, **facts):
     "Return the row of a SwAV network pretrained on ImageNet."
     width = FEATURES[f"regnety_{size}"]
     return _vissl(size, path, preprocess=VISSL_224, head=HeadShape((width, width, 128), False, 3000), licence="none named; VISSL's code is MIT",
                   scores=(Score("ImageNet-1k", "linear probe", "top-1 acc %", top1, MODEL_ZOO),),
-                  inferred="head (from VISSL's pretraining configs), its presence in the file, preprocessing, size", **facts)
+                  inferred="head (from VISSL's pretraining configs), its presence in the file, preprocessing, container, size", **facts)
 
 
 def _supervised(size, path, top1):
     "Return the row of a network trained with labels, converted from pycls."
     return _vissl(size, path, preprocess=VISSL_224._replace(channels="bgr"), classes=1000, licence="none named; VISSL's code is MIT",
                   scores=(Score("ImageNet-1k", "trained with labels", "top-1 acc %", top1, MODEL_ZOO),),
-                  defects="needs BGR input", inferred="preprocessing but for BGR, presence of the classifier, size")
+                  defects="needs BGR input", inferred="preprocessing but for BGR, presence of the classifier, container, size")
 
 
 BASELINES = {
