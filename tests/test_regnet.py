@@ -1,45 +1,12 @@
 "RegNetY against torchvision, timm and transformers: the same numbers for the same weights."
-import re
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seer_nb.regnet import REGNETY, AnyNetConfig, RegNetY, count_macs, count_parameters, regnety
+from seer_nb.weights import convert_state
 
 torch.set_num_threads(1)
-
-# Renaming: each layout's keys as a list of (pattern, replacement), tried in order; every key must end up in ours.
-STAGE = {str(s): f"stages.res{s + 1}" for s in (1, 2, 3, 4)}
-TORCHVISION = [
-    (r"^trunk_output\.block(\d)\.block\d-(\d+)\.", lambda m: f"{STAGE[m[1]]}.{m[2]}."),
-    (r"\.proj\.", ".shortcut."), (r"\.f\.", "."), (r"\.se\.fc1\.", ".se.reduce."), (r"\.se\.fc2\.", ".se.expand."),
-]
-TIMM = [
-    (r"^s(\d)\.b(\d+)\.", lambda m: f"{STAGE[m[1]]}.{int(m[2]) - 1}."),
-    (r"\.conv([123])\.", lambda m: f".{'abc'[int(m[1]) - 1]}."), (r"\.downsample\.", ".shortcut."),
-    (r"\.se\.fc1\.", ".se.reduce."), (r"\.se\.fc2\.", ".se.expand."),
-    (r"(^|\.)conv\.(\w+)$", r"\g<1>0.\2"), (r"(^|\.)bn\.(\w+)$", r"\g<1>1.\2"),
-]
-TRANSFORMERS = [
-    (r"^embedder\.embedder\.", "stem."),
-    (r"^encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda m: f"stages.res{int(m[1]) + 2}.{m[2]}."),
-    (r"\.layer\.2\.attention\.0\.", ".se.reduce."), (r"\.layer\.2\.attention\.2\.", ".se.expand."),
-    (r"\.layer\.([013])\.", lambda m: f".{'ab.c'[int(m[1])]}."),
-    (r"\.convolution\.", ".0."), (r"\.normalization\.", ".1."),
-]
-
-
-def rename(state, rules):
-    "Return `state` with our names. Two names that fall together raise."
-    renamed = {}
-    for key, tensor in state.items():
-        new = key
-        for pattern, to in rules: new = re.sub(pattern, to, new)
-        assert new not in renamed, f"{key} and another become {new}"
-        renamed[new] = tensor
-    return renamed
-
 
 def scramble(model):
     "Give every normalisation values that a wrong mapping cannot survive; keep activations near their size."
@@ -88,14 +55,14 @@ TV = "torchvision"
 CASES = [
     ("regnety_toy", "vissl"), ("regnety_400mf", "vissl"), ("regnety_800mf", "vissl"), ("regnety_800mf", TV), ("regnety_1_6gf", "vissl"),
 ]
-PEERS = {"torchvision": (torchvision_net, TORCHVISION), "timm": (timm_net, TIMM), "transformers": (Transformers, TRANSFORMERS)}
+PEERS = {"torchvision": torchvision_net, "timm": timm_net, "transformers": Transformers}
 
 
-def assert_same_outputs(peer, rules, config, size=64):
+def assert_same_outputs(peer, config, size=64):
     torch.manual_seed(0)
     scramble(peer)
     ours = RegNetY(config).eval()
-    ours.load_state_dict(rename(peer.state_dict(), rules))        # strict: the same keys and shapes
+    ours.load_state_dict(convert_state(peer.state_dict(), "seer_nb"))        # strict: the same keys and shapes
     images = torch.randn(2, 3, size, size)
     with torch.inference_mode(): want, got = peer(images), ours(images)
     assert want.shape == got.shape == (2, ours.num_features)
@@ -108,8 +75,7 @@ def assert_same_outputs(peer, rules, config, size=64):
 def test_same_outputs(library, name, rule):
     pytest.importorskip(library)
     config = regnety(name, width_rule=rule).config
-    build, rules = PEERS[library]
-    assert_same_outputs(build(config), rules, config, size=96 if name == "regnety_400mf" else 64)
+    assert_same_outputs(PEERS[library](config), config, size=96 if name == "regnety_400mf" else 64)
 
 
 @pytest.mark.parametrize("library", ["torchvision", "transformers"])
@@ -117,8 +83,7 @@ def test_same_outputs_anynet(library):
     "A network on no line, odd image size: rounding of sizes is the same too."
     pytest.importorskip(library)
     config = AnyNetConfig(depths=(1, 2, 1, 3), widths=(24, 40, 88, 104), group_widths=(8, 8, 8, 8), stem_width=24)
-    build, rules = PEERS[library]
-    assert_same_outputs(build(config), rules, config, size=75)
+    assert_same_outputs(PEERS[library](config), config, size=75)
 
 
 def shapes(state): return {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -141,7 +106,7 @@ def test_torchvisions_own_networks(size):
 def torchvision_state(size):
     models = pytest.importorskip("torchvision").models
     net = getattr(models, f"regnet_y_{size}")()
-    return rename({k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}, TORCHVISION)
+    return convert_state(net.state_dict(), "seer_nb", drop="heads")
 
 
 @pytest.mark.parametrize("size", TIMM_NAMES)
@@ -150,7 +115,7 @@ def test_timms_own_networks(size):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         theirs, ours = timm.create_model(f"regnety_{TIMM_NAMES[size]}", num_classes=0), regnety(f"regnety_{size}")
-    assert shapes(rename(theirs.state_dict(), TIMM)) == shapes(ours.state_dict())
+    assert shapes(convert_state(theirs.state_dict(), "seer_nb")) == shapes(ours.state_dict())
     assert count_parameters(theirs) == count_parameters(ours)
 
 
@@ -159,7 +124,7 @@ def test_feature_maps_match_timm():
     theirs = timm.create_model("regnety_004", features_only=True, out_indices=(1, 2, 3, 4))
     scramble(theirs)
     ours = regnety("regnety_400mf").eval()
-    ours.load_state_dict(rename(theirs.state_dict(), TIMM))
+    ours.load_state_dict(convert_state(theirs.state_dict(), "seer_nb"))
     images = torch.randn(1, 3, 96, 64)
     with torch.inference_mode(): want, got = theirs(images), ours.feature_maps(images)
     assert list(got) == ["res2", "res3", "res4", "res5"]

@@ -46,8 +46,8 @@ def test_published_architectures(spec, dim):
 
 def test_timm_brings_its_own_pixel_statistics():
     pytest.importorskip("timm")
-    assert tasks.open_model("timm:vit_tiny_patch16_224", pretrained=False).pixel_mean == (0.5, 0.5, 0.5)
-    assert tasks.open_model("timm:resnet18", pretrained=False).pixel_mean == tasks.IMAGENET_MEAN
+    assert tasks.open_model("timm:vit_tiny_patch16_224", pretrained=False).preprocess.mean == (0.5, 0.5, 0.5)
+    assert tasks.open_model("timm:resnet18", pretrained=False).preprocess.mean == tasks.IMAGENET_MEAN
 
 
 def test_transformers_from_a_local_folder(tmp_path):
@@ -113,12 +113,26 @@ def test_extraction_keeps_order_and_model():
     model = Probe()
     before, state = {m: m.training for m in model.modules()}, tasks.weights_hash(model)
     out = features.extract_features(model, images, batch_size=7)
-    expected = (torch.arange(50)[:, None] / 255 - torch.tensor(features.IMAGENET_MEAN)) / torch.tensor(features.IMAGENET_STD)
+    expected = (torch.arange(50)[:, None] / 255 - torch.tensor(tasks.IMAGENET_MEAN)) / torch.tensor(tasks.IMAGENET_STD)
     assert out.dtype == torch.float32 and torch.allclose(out, expected, atol=1e-4)
     assert {m: m.training for m in model.modules()} == before and before[model.pool] and not before[model.norm]
     assert tasks.weights_hash(model) == state
-    model.pixel_mean, model.pixel_std = (0.5,) * 3, (0.5,) * 3
+    model.preprocess = features.Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)
     assert torch.allclose(features.extract_features(model, images)[:, 0], (torch.arange(50) / 255 - 0.5) / 0.5, atol=1e-4)
+
+
+def test_extraction_sees_what_the_weights_want(tmp_path):
+    "The preprocessing stored in a file reaches the features: blue first, and another proportion of size and crop."
+    from seer_nb.regnet import regnety
+    from seer_nb.weights import Preprocess, save_backbone
+    backbone = regnety("regnety_toy").eval()
+    backbone.preprocess = Preprocess(40, 40, channel_order="BGR")
+    save_backbone(backbone, tmp_path / "b.safetensors")
+    model = tasks.open_model(f"seer:{tmp_path / 'b.safetensors'}")
+    images = torch.randint(0, 256, (4, 3, 32, 48), dtype=torch.uint8)
+    with torch.inference_mode(): as_they_are, cropped = backbone(Preprocess().normalize(images).flip(1)), backbone(Preprocess(64, 64)(images).flip(1))
+    assert torch.allclose(features.extract_features(model, images), as_they_are, atol=1e-5)
+    assert torch.allclose(features.extract_features(model, images, size=64), cropped, atol=1e-5)
 
 
 def test_extraction_restores_the_model_after_an_error():
@@ -132,7 +146,7 @@ def test_resize_crop_is_close_to_pil():
     from PIL import Image
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((90, 70), Image.BICUBIC)
-    mine = features.resize_crop(torch.from_numpy(np.array(smooth)).permute(2, 0, 1), 28)
+    mine = features.Preprocess(32, 28).resize_crop(torch.from_numpy(np.array(smooth)).permute(2, 0, 1))
     pil = np.array(smooth.resize((round(90 * 32 / 70), 32), Image.BILINEAR))
     top, left = (pil.shape[0] - 28) // 2, (pil.shape[1] - 28) // 2
     difference = np.abs(mine.permute(1, 2, 0).numpy().astype(int) - pil[top:top + 28, left:left + 28].astype(int))

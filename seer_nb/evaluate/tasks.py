@@ -8,7 +8,7 @@ __all__ = ['TOY_TRANSFORM', 'TOY_LICENCE', 'ROWS', 'toy_images', 'IMAGENET_MEAN'
            'open_torchvision', 'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model', 'weights_hash',
            'Result', 'append_result', 'read_results', 'find_result']
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #e35ba413
+# %% ../../nbs/evaluate/50_tasks.ipynb #56f8986a
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +20,7 @@ from torch import nn
 from ..core import MetricLog, did_you_mean
 from ..regnet import REGNETY, regnety
 from ..toyworld import TOY_TASKS, toy_task
-from ..weights import load_backbone
+from ..weights import Preprocess, load_backbone
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #67d4e06e
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def open_transformers(name, pretrained):
     return (TransformersBackbone(model), tuple(getattr(processor, "image_mean", None) or IMAGENET_MEAN),
             tuple(getattr(processor, "image_std", None) or IMAGENET_STD))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #b9085918
+# %% ../../nbs/evaluate/50_tasks.ipynb #6193398b
 def pick_device(
     name: str = "",  # cpu, cuda, cuda:1, …
 ) -> str:
@@ -205,7 +205,7 @@ def open_model(
 ) -> nn.Module:
     """Open a backbone: normalised images `[B, 3, H, W]` to features `[B, D]`, in eval mode.
 
-    The model carries `pixel_mean` and `pixel_std` (of pixels in 0..1). Raises `ValueError` for a name that does not exist and
+    The model carries its `preprocess` (see weights.Preprocess). Raises `ValueError` for a name that does not exist and
     `ImportError` for a package that is not installed.
     """
     kind, colon, name = spec.partition(":")
@@ -214,12 +214,12 @@ def open_model(
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "seer": model = load_backbone(name)
+        if kind == "seer": model = load_backbone(name, report=None)
         elif kind == "random":
             if name not in REGNETY: raise ValueError(f"no RegNetY {name!r}{did_you_mean(name, REGNETY)}; sizes: {', '.join(REGNETY)}")
             model = regnety(name)
         else: model, mean, std = {"timm": open_timm, "torchvision": open_torchvision, "transformers": open_transformers}[kind](name, pretrained)
-    model.pixel_mean, model.pixel_std = tuple(mean), tuple(std)
+    if kind != "seer": model.preprocess = Preprocess(mean=tuple(mean), std=tuple(std))
     return model.to(device).eval()
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #d2dba183
