@@ -418,7 +418,7 @@ def _sizes(shape):
     "Return the numbers of a tuple or a torch.Size."
     return shape.args[0] if isinstance(shape, _Object) else shape
 
-# %% ../nbs/19_containers.ipynb #9a483b2c
+# %% ../nbs/19_containers.ipynb #d3b200c9
 _USUAL = ("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "teacher", "student", "state_dict_ema", "model_ema", "ema")
 
 
@@ -442,7 +442,7 @@ def _choose_state(root, key: str = "") -> dict:
         if isinstance(root, _Object) and not root: raise ValueError(f"this holds an object made by {_some([root.call])}, not tensors with names; save model.state_dict() where it was made. Nothing was run")
         keys = root if isinstance(root, dict) else {}
         raise ValueError(f"this holds no tensors with names; its keys are {_some(f'{k} ({v.call})' if isinstance(v, _Object) else k for k, v in keys.items()) or 'none'}")
-    if len(choices) > 1: raise ValueError(f"this holds several sets of weights: {_some(choices, 10)}. Choose one: open_tensors(path, key={choices[0]!r})")
+    if len(choices) > 1: raise ValueError(f"this holds several sets of weights: {_some(choices, 10)}. Choose one: open_tensors(path, key={choices[0]!r}) can be given in place of the path (on the command line: --key)")
     if choices[0] not in states: raise ValueError(f"this has no weights under {key!r}, but under {_some(states, 10)}")
     return states[choices[0]]
 

@@ -35,7 +35,7 @@ def units(
     blocks = [(f"stages.{stage}.{n}", block) for stage, blocks in model.stages.items() for n, block in enumerate(blocks)]
     return [("stem", model.stem), *blocks]
 
-# %% ../nbs/22_streaming.ipynb #61fbdfaf
+# %% ../nbs/22_streaming.ipynb #a633f84a
 class StreamedBackbone(nn.Module):
     """A backbone that reads its blocks from disk when their turn comes; for inference only.
 
@@ -54,6 +54,7 @@ class StreamedBackbone(nn.Module):
     ):
         super().__init__()
         if micro_batch < 1: raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+        if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype must be a floating type, got {dtype}")
         checkpoint = load_checkpoint(path_or_url)
         self.config, self.preprocess, self.num_features = checkpoint.config, checkpoint.preprocess, checkpoint.config.stages[-1].width
         self.device, self.micro_batch = torch.device(device), micro_batch
@@ -67,14 +68,25 @@ class StreamedBackbone(nn.Module):
             self._kept[name] = self._read(name, module)
 
     def _read(self, name, module):
-        "Return the tensors of a unit, cast and on the device."
-        def cast(t): return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
-        return self._kept.get(name) or {key: cast(self._entries[f"{name}.{key}"].read()) for key in module.state_dict()}
+        "Return the tensors of a unit, cast and on the device; counters of steps may be absent, and nothing asks for them."
+        names = {key: f"{name}.{key}" for key in module.state_dict()}
+        return self._kept.get(name) or {key: self._tensor(full) for key, full in names.items() if full in self._entries}
+
+    def _tensor(self, name):
+        "Read one tensor, cast and on the device."
+        tensor = self._entries[name].read()
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def named_tensors(self):
+        "Yield the name and the tensor of every weight, read one at a time, in the order of names: those that `load_backbone` gives the network in memory."
+        for name in sorted(f"{unit}.{key}" for unit, module in self._units for key in module.state_dict()):
+            yield name, self._tensor(name) if name in self._entries else torch.tensor(0, device=self.device)
 
     @torch.inference_mode()
     def _passes(self, images):
         "Yield the name of each unit and the outputs of all micro-batches after it."
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images must be a float batch [B, 3, H, W], got {list(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images must be a float batch [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         parts = list(images.to(self.dtype).split(self.micro_batch))
         with ThreadPoolExecutor(1) as disk:
             coming = disk.submit(self._read, *self._units[0])

@@ -7,7 +7,7 @@ __all__ = ['LAYOUTS', 'FORMAT', 'recognise', 'convert_state', 'network_name', 'i
            'check_state', 'Checkpoint', 'load_checkpoint', 'describe', 'load_backbone', 'save_checkpoint',
            'load_classifier', 'load_swav_head', 'contents', 'main']
 
-# %% ../nbs/21_weights.ipynb #bae5f842
+# %% ../nbs/21_weights.ipynb #5b19ef68
 import argparse
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from .containers import Entry, TensorFile, open_tensors
 from .core import did_you_mean, make_config
 from .multicrop import MEAN, STD
 from .regnet import REGNETY, WIDTH_RULES, AnyNetConfig, RegNetY, config_from_dict, count_parameters
-from .zoo import ZOO, download
+from .zoo import ZOO, download, file_place
 
 # %% ../nbs/21_weights.ipynb #669ebf9a
 LAYOUTS = ("seer_nb", "vissl", "torchvision", "timm", "transformers")   # the columns below
@@ -217,15 +217,16 @@ def _ratio(squeezes):
     if not any(map(fits, ratios)): raise ValueError(f"no one squeeze ratio gives these widths (input, squeezed): {_some(list(map(str, squeezes)))}")
     return next(filter(fits, ratios))
 
-# %% ../nbs/21_weights.ipynb #6bd00182
+# %% ../nbs/21_weights.ipynb #609da13a
 def infer_config(
     shapes: dict,  # our name -> shape, of a whole backbone; heads are ignored
+    spell=str,     # our name -> the name to use in an error
 ):
     "Return the RegNetConfig of a published network, or the AnyNetConfig of another one. Raises `ValueError` for shapes of no RegNetY."
     def shape_of(name):
-        if name not in shapes: raise ValueError(f"{name} is missing{did_you_mean(name, shapes)}")
+        if name not in shapes: raise ValueError(f"{spell(name)} is missing")
         shape = tuple(shapes[name])
-        if len(shape) != 4 or not all(0 < n < 2**20 for n in shape): raise ValueError(f"{name} is {list(shape)}, no shape of a convolution")
+        if len(shape) != 4 or not all(0 < n < 2**20 for n in shape): raise ValueError(f"{spell(name)} is {list(shape)}, no shape of a convolution")
         return shape
     seen = {found.groups() for name in shapes if (found := re.match(r"stages\.res(\d)\.(\d+)\.", name))}
     stem_width = width = shape_of("stem.0.weight")[0]
@@ -242,7 +243,7 @@ def infer_config(
     known = _known(config.stages, stem_width, config.se_ratio)
     return known[1] if known else config
 
-# %% ../nbs/21_weights.ipynb #049335f4
+# %% ../nbs/21_weights.ipynb #269559c6
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     "What a backbone wants done to an image. Raises `ValueError` for values that mean nothing."
@@ -277,7 +278,9 @@ class Preprocess:
         self,
         images,  # uint8 [..., 3, H, W]
     ):
-        "Resize, and cut out the centre; uint8 [..., 3, crop, crop]."
+        "Resize, and cut out the centre; uint8 [..., 3, crop, crop]. Raises `TypeError` or `ValueError` for anything but a tensor of three channels."
+        if not isinstance(images, torch.Tensor): raise TypeError(f"preprocess takes uint8 tensors [..., 3, H, W], got {type(images).__name__}; images.decode_image reads a file to one")
+        if images.ndim < 3 or images.shape[-3] != 3: raise ValueError(f"preprocess takes images [..., 3, H, W], got {list(images.shape)}")
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as tvf
 
@@ -292,8 +295,11 @@ class Preprocess:
         "Resize, cut out the centre and normalise; float32 [..., 3, crop, crop]."
         return self.normalize(self.resize_crop(images))
 
-# %% ../nbs/21_weights.ipynb #dafc43dd
+# %% ../nbs/21_weights.ipynb #0803e6ee
 def _entry(tensor): return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu().contiguous())
+
+
+def _cast(entry, dtype): return Entry(entry.shape, dtype, lambda: entry.read().to(dtype)) if entry.dtype.is_floating_point else entry
 
 
 def _bytes(entry): return math.prod(entry.shape) * entry.dtype.itemsize
@@ -304,14 +310,17 @@ def _write_safetensors(path, entries, metadata):
     try: save_file({name: entry.read() for name, entry in entries.items()}, path, metadata)
     except SafetensorError as error: raise OSError(f"{path.name} cannot be written: {error}") from error
 
-# %% ../nbs/21_weights.ipynb #9a992415
+# %% ../nbs/21_weights.ipynb #24db637a
 def _place_files(writers):
     "Call `writers`, path -> function of a path, on temporary files; when all are on the disk, rename them in order. A failure leaves nothing new."
     beside = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
     placed = []
     try:
         for path, write in writers.items():
+            beside[path].touch()                                # with the permissions that the user wants for new files;
+            mode = beside[path].stat().st_mode
             write(beside[path])
+            beside[path].chmod(mode)                            # safetensors takes away those of group and others
             with open(beside[path], "rb+") as file: os.fsync(file.fileno())
         for path in writers:
             os.replace(beside[path], path)
@@ -400,7 +409,7 @@ def check_state(
     if words := _differences(*({name: tuple(tensor.shape) for name, tensor in s.items()} for s in (model.state_dict(), state))):
         raise ValueError(f"{source} does not fit the network; {words}")
 
-# %% ../nbs/21_weights.ipynb #25d71f6e
+# %% ../nbs/21_weights.ipynb #2354a4c5
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     "What a file holds, checked and not yet read."
@@ -410,14 +419,18 @@ class Checkpoint:
     config: object          # RegNetConfig or AnyNetConfig
     backbone_state: dict    # RegNetY's name -> Entry
     head_states: dict       # number of the head -> {name in the head -> Entry}
-    preprocess: Preprocess  # stored, or published, or the default
+    preprocess: Preprocess  # stored, or published, or of a file beside it, or the default
     meta: dict              # what else the container says
+    assumed: bool = False   # whether nothing told the preprocessing, and it is the default
 
-# %% ../nbs/21_weights.ipynb #0b7d9530
+# %% ../nbs/21_weights.ipynb #0e369686
 def _local(path_or_url):
     "Return a path; fetch what is a URL or a name of ZOO."
+    if not isinstance(path_or_url, (str, os.PathLike)): raise TypeError(f"a path, an address or a name is needed, got {type(path_or_url).__name__}; for a state dict in memory see convert_state")
     text = str(path_or_url)
-    if text in ZOO or re.match("https?://", text): return download(text, report=lambda line: None)
+    if text in ZOO or re.match("https?://", text):
+        new = not file_place(ZOO[text].url if text in ZOO else text).exists()
+        return download(text, report=lambda line: print(line, file=sys.stderr) if new else None)      # the licence before the first byte
     for path in (Path(text), Path(f"{text}.index.json")):
         if path.exists(): return path
     raise FileNotFoundError(f"there is no file {text}{did_you_mean(text, ZOO)}; give a checkpoint's file or folder, its https address, or a name of zoo.ZOO")
@@ -436,14 +449,37 @@ def _description(meta):
 
 
 def _published(path, config):
-    "Return the preprocessing of a public file, known by its name or by the folder that download made; else the default."
-    rows = [row for slug, row in ZOO.items() if row.url.endswith(f"/{path.name}") and (row.names == "vissl" or slug == path.parent.name)]
+    "Return the preprocessing of a public file, known by its name or by the folder that download made (`path`, or where it is); else None."
+    rows = [row for slug, row in ZOO.items() if slug == path.name or row.url.endswith(f"/{path.name}") and (row.names == "vissl" or slug == path.parent.name)]
     recipes = {row.preprocess for row in rows if row.network == network_name(config)}
-    if len(recipes) != 1: return Preprocess()
+    if len(recipes) != 1: return None
     recipe, = recipes
     return Preprocess(recipe.resize, recipe.crop, recipe.interpolation, recipe.mean, recipe.std, recipe.channels.upper(), recipe.warp)
 
-# %% ../nbs/21_weights.ipynb #05e31dc2
+
+def _beside(path):
+    "Return the preprocessing that transformers (preprocessor_config.json) or timm (config.json) keep beside a file; else None."
+    folder = path if path.is_dir() else path.parent
+    for name, read in (("preprocessor_config.json", _of_transformers), ("config.json", _of_timm)):
+        file = folder / name
+        if not file.is_file() or file.stat().st_size > 2**20: continue
+        try: return read(json.loads(file.read_text()))
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError): continue     # of another kind of network
+
+
+def _of_timm(about):
+    cfg = about["pretrained_cfg"]
+    crop = cfg["input_size"][-1]
+    return Preprocess(math.floor(crop / cfg["crop_pct"]), crop, cfg["interpolation"], tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _of_transformers(about):
+    "Read what ConvNextImageProcessor means: from 384 pixels on it squeezes the image, below it cuts out the centre."
+    crop, kind = about["size"]["shortest_edge"], {2: "bilinear", 3: "bicubic"}[about["resample"]]
+    size = crop if crop >= 384 else int(crop / about["crop_pct"])
+    return Preprocess(size, crop, kind, tuple(about["image_mean"]), tuple(about["image_std"]), warp=crop >= 384)
+
+# %% ../nbs/21_weights.ipynb #f9f973dd
 def _check_fit(backbone, config, spell):
     "Raise unless the entries are those of the network, all of them and of a floating type; `spell` turns our names into the file's."
     with torch.device("meta"): want = RegNetY(config).state_dict()
@@ -459,29 +495,32 @@ def _recognised(file):
     config, preprocess = _description(file.meta)
     layout, prefix, ours = recognise(file.entries)
     renamed, spelled = {new: file.entries[name] for name, new in ours.items()}, {new: name for name, new in ours.items()}
-    backbone = {name: entry for name, entry in renamed.items() if not name.startswith("heads.")}
-    found = infer_config({name: entry.shape for name, entry in backbone.items()})
+    backbone = {name: _cast(entry, torch.int64) if name.endswith("num_batches_tracked") else entry for name, entry in renamed.items() if not name.startswith("heads.")}
+    def spell(name): return spelled.get(name) or prefix + _translate(name, "seer_nb", layout)
+    found = infer_config({name: entry.shape for name, entry in backbone.items()}, spell)
     if config and (config.stages, config.stem_width) != (found.stages, found.stem_width):
         raise ValueError(f"its metadata describe {network_name(config)}, its shapes {network_name(found)}")
     config = config or found
-    _check_fit(backbone, config, lambda name: spelled.get(name) or prefix + _translate(name, "seer_nb", layout))
+    _check_fit(backbone, config, spell)
     heads = {}
     for name, entry in renamed.items():
         if name in backbone: continue
         _, k, rest = name.split(".", 2)
         heads.setdefault(int(k), {})[rest] = entry
-    return Checkpoint(file.path, file.kind, layout, config, backbone, dict(sorted(heads.items())), preprocess or _published(file.path, config), file.meta)
+    stated = preprocess or _published(file.path, config) or _beside(file.path)
+    return Checkpoint(file.path, file.kind, layout, config, backbone, dict(sorted(heads.items())), stated or Preprocess(), file.meta, not stated)
 
 
 def load_checkpoint(
-    path_or_url,  # a file or folder of any library, an https address, a name of zoo.ZOO, or what open_tensors returned
+    path_or_url,    # a file or folder of any library, an https address, a name of zoo.ZOO, or what open_tensors returned
+    key: str = "",  # which set of weights, where a file holds several; as in open_tensors
 ) -> Checkpoint:
     """Recognise a checkpoint and check it whole, without reading the tensors.
 
     Raises `FileNotFoundError` if there is none, and `ValueError` for a damaged file, another network, and for names and shapes that
     are missing, unexpected or wrong; only `num_batches_tracked` may be absent.
     """
-    file = path_or_url if isinstance(path_or_url, TensorFile) else open_tensors(_local(path_or_url))
+    file = path_or_url if isinstance(path_or_url, TensorFile) else open_tensors(_local(path_or_url), key)
     try: return _recognised(file)
     except ValueError as error: raise ValueError(f"{file.path}: {error}") from None
 
@@ -510,7 +549,7 @@ def _swav_head(head):
     if words := _differences(want, shapes): raise ValueError(f"a SwAV head has another structure; {words}")
     return {"in_features": widths[0], "hidden": tuple(widths[1:-1]), "out_features": widths[-1], "n_prototypes": prototypes, "batch_norm": batch_norm}
 
-# %% ../nbs/21_weights.ipynb #fdd82405
+# %% ../nbs/21_weights.ipynb #133ee2b2
 def _classifier(head):
     "Return (width, classes, batch norm?) for the entries of a classifier. Raises `ValueError` for another structure."
     shapes = {name: tuple(entry.shape) for name, entry in head.items() if not name.endswith("num_batches_tracked")}
@@ -529,11 +568,11 @@ def _head_text(head):
             width, classes, batch_norm = _classifier(head)
             return f"classifier {width}-{classes}" + " behind a BatchNorm" * batch_norm
         about = _swav_head(head)
-    except ValueError: return f"head of another kind ({len(head)} tensors)"
+    except ValueError: return f"head of another kind ({len(head)} tensor{'s' * (len(head) > 1)})"
     widths = "-".join(map(str, (about["in_features"], *about["hidden"], about["out_features"])))
     return f"SwAV head {widths}{' with BatchNorm' * about['batch_norm']} and {' + '.join(f'{n:,}' for n in about['n_prototypes']) or 'no'} prototypes"
 
-# %% ../nbs/21_weights.ipynb #39df4f95
+# %% ../nbs/21_weights.ipynb #9f21ce63
 def describe(
     checkpoint,  # of load_checkpoint
     dtype=None,  # what it is cast to; None: nothing
@@ -544,7 +583,8 @@ def describe(
     cast = f" read as {dtype}".replace("torch.", "") if dtype is not None else ""
     parts = [_head_text(head) for head in checkpoint.head_states.values()]
     if not any(name.endswith("num_batches_tracked") for name in checkpoint.backbone_state): parts.append("num_batches_tracked absent, set to 0")
-    if (p := checkpoint.preprocess) != Preprocess(): parts.append(f"images {p.interpolation} to {p.size}, crop {p.crop}, {p.channel_order}")
+    p = checkpoint.preprocess
+    if p != Preprocess() or checkpoint.assumed: parts.append(f"images {p.interpolation} to {p.size}, crop {p.crop}, {p.channel_order}" + " (assumed)" * checkpoint.assumed)
     about = f"{network_name(checkpoint.config)} ({count / 1e6:,.1f} M parameters, {' and '.join(types)}{cast})"
     return "; ".join([f"{about} from {checkpoint.path.name}: {checkpoint.kind}, names of {checkpoint.layout}", *parts])
 
@@ -562,9 +602,9 @@ def _filled(module, entries, device, dtype):
     module.load_state_dict(state, assign=True)
     return module.eval()
 
-# %% ../nbs/21_weights.ipynb #0ad51dcb
+# %% ../nbs/21_weights.ipynb #a170c3da
 def load_backbone(
-    path_or_url,     # a file or folder of any library, an https address, a name of zoo.ZOO, or a Checkpoint
+    path_or_url,     # a file or folder of any library, an https address, a name of zoo.ZOO, or what open_tensors or load_checkpoint returned
     name=None,       # a key of REGNETY that it must be; None: whatever it is
     *,
     device="cpu",    # where the weights go
@@ -586,7 +626,7 @@ def load_backbone(
     if report: report(line)
     return model
 
-# %% ../nbs/21_weights.ipynb #dcad4fc1
+# %% ../nbs/21_weights.ipynb #3abaa683
 def _vissl_file(entries):
     "Return the function that writes entries named trunk.… and heads.… as VISSL's consolidated checkpoint."
     def write(path):
@@ -597,10 +637,15 @@ def _vissl_file(entries):
         torch.save({"type": "consolidated", "phase_idx": 0, "iteration": 0, "classy_state_dict": {"base_model": {"model": model, "meta": {}}}}, path)
     return write
 
+# %% ../nbs/21_weights.ipynb #9b4dc6e0
+def _check_transformers(config):
+    "Raise `ValueError` for a network that transformers' RegNetConfig cannot describe."
+    def fits(group): return all(max(1, stage.width // group) == stage.width // stage.group_width for stage in config.stages)
+    if config.se_ratio != 0.25: raise ValueError(f"transformers' RegNet squeezes to a quarter, this network to {config.se_ratio:g}; write another layout")
+    if not any(fits(stage.group_width) for stage in config.stages):
+        raise ValueError(f"transformers' RegNet has one group width for all stages, this network has {[stage.group_width for stage in config.stages]}; write another layout")
 
-def _cast(entry, dtype): return Entry(entry.shape, dtype, lambda: entry.read().to(dtype)) if entry.dtype.is_floating_point else entry
-
-# %% ../nbs/21_weights.ipynb #85de6ad7
+# %% ../nbs/21_weights.ipynb #40d6636e
 def save_checkpoint(
     checkpoint,               # of load_checkpoint, or a RegNetY
     path,                     # file to write: .torch for vissl, .safetensors for all others
@@ -612,14 +657,17 @@ def save_checkpoint(
 ) -> Path:                    # the file to load it from
     """Write a checkpoint for another library, whole or not at all, one shard in memory at a time (vissl: everything, as its reader has it).
 
-    Raises `ValueError` for an unknown layout, a wrong ending, and for what the layout has no place for.
+    Raises `ValueError` for an unknown layout, a wrong ending, and for what the layout has no place for, `TypeError` for another object.
     """
     _check_dtype(dtype)
+    checkpoint = getattr(checkpoint, "_orig_mod", checkpoint)      # torch.compile wraps
+    if not isinstance(checkpoint, (Checkpoint, RegNetY)): raise TypeError(f"save_checkpoint takes what load_checkpoint returned, or a RegNetY; got {type(checkpoint).__name__}")
     ending = ".torch" if layout == "vissl" else ".safetensors"
     if isinstance(checkpoint, Checkpoint): config, preprocess, state = checkpoint.config, checkpoint.preprocess, dict(checkpoint.backbone_state)
     else: config, preprocess, state = checkpoint.config, getattr(checkpoint, "preprocess", Preprocess()), {n: _entry(t) for n, t in checkpoint.state_dict().items()}
     for k, head in getattr(checkpoint, "head_states", {}).items(): state |= {f"heads.{k}.{name}": entry for name, entry in head.items()}
     state = convert_state(state, layout, drop=drop)
+    if layout == "transformers": _check_transformers(config)
     if Path(path).suffix != ending: raise ValueError(f"{layout} reads {ending} files, not {Path(path).name}")
     if dtype is not None: state = {name: _cast(entry, dtype) for name, entry in state.items()}
     if layout == "vissl":
@@ -629,16 +677,18 @@ def save_checkpoint(
     metadata = _described(config, preprocess) if layout == "seer_nb" else {"format": "pt", **_described(config, preprocess)}
     return _save_safetensors(state, path, metadata, max_shard_size)
 
-# %% ../nbs/21_weights.ipynb #4137a71a
-def _one_head(checkpoint, head, mark, what):
-    "Return the entries of the head with a name that starts with `mark`. Raises `ValueError` if there is none or a choice."
+# %% ../nbs/21_weights.ipynb #b3c7291f
+def _one_head(checkpoint, head, mark, what, structure):
+    "Return the entries of the head with a name that starts with `mark`, and their structure. Raises `ValueError` if there is none, a choice, or another structure."
     found = [k for k, names in checkpoint.head_states.items() if any(name.startswith(mark) for name in names)]
     if head is None and len(found) == 1: head = found[0]
     if head not in found:
         has = "; ".join(f"{k}: {_head_text(names)}" for k, names in checkpoint.head_states.items()) or "no heads"
         problem = f"there is no {what}" if not found else f"head {head} is no {what}" if head is not None else f"there are {len(found)}, choose a {what} with head="
         raise ValueError(f"{checkpoint.path}: {problem} ({has})")
-    return checkpoint.head_states[head]
+    entries = checkpoint.head_states[head]
+    try: return entries, structure(entries)
+    except ValueError as error: raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def load_classifier(
@@ -649,14 +699,14 @@ def load_classifier(
     dtype=None,     # a floating type; default: as in the file
 ) -> nn.Module:     # features [B, D] -> logits [B, classes]
     "Return a checkpoint's classifier: a Linear, or a BatchNorm1d and a Linear for VISSL's eval_mlp. Raises `ValueError` if there is not one."
+    _check_dtype(dtype)
     checkpoint = path_or_url if isinstance(path_or_url, Checkpoint) else load_checkpoint(path_or_url)
-    entries = _one_head(checkpoint, head, "classifier.", "classifier")
-    width, classes, batch_norm = _classifier(entries)
+    entries, (width, classes, batch_norm) = _one_head(checkpoint, head, "classifier.", "classifier", _classifier)
     with torch.device("meta"): linear, norm = nn.Linear(width, classes), nn.BatchNorm1d(width)
     if not batch_norm: return _filled(linear, {name.removeprefix("classifier."): e for name, e in entries.items()}, device, dtype)
     return _filled(nn.Sequential(norm, linear), {name.replace("bn.", "0.").replace("classifier.", "1."): e for name, e in entries.items()}, device, dtype)
 
-# %% ../nbs/21_weights.ipynb #001a9cda
+# %% ../nbs/21_weights.ipynb #7bddc0ea
 def load_swav_head(
     path_or_url,    # as in load_backbone
     head=None,      # number of the head; None: the only one with prototypes
@@ -665,9 +715,9 @@ def load_swav_head(
     dtype=None,     # a floating type; default: as in the file
 ) -> tuple:         # dictionary of arguments, state dict
     "Return the arguments of `swav.SwAVHead` for a checkpoint's head, and its state. Raises `ValueError` if there is not one."
+    _check_dtype(dtype)
     checkpoint = path_or_url if isinstance(path_or_url, Checkpoint) else load_checkpoint(path_or_url)
-    entries = _one_head(checkpoint, head, "prototypes", "SwAV head")
-    arguments = _swav_head(entries)
+    entries, arguments = _one_head(checkpoint, head, "prototypes", "SwAV head", _swav_head)
     if len(arguments["n_prototypes"]) != 1: raise ValueError(f"{checkpoint.path}: SwAVHead has one set of prototypes, this head has {len(arguments['n_prototypes'])}")
     arguments["n_prototypes"] = arguments["n_prototypes"][0]
     state = {name.replace("prototypes0.", "prototypes."): entry.read().to(device, dtype if entry.dtype.is_floating_point else None) for name, entry in entries.items()}
@@ -688,24 +738,24 @@ def contents(
     return [(part, len({n.split(".")[2] for n in own}) if part.startswith("res") else 0, len(own), sum(math.prod(e.shape) for e in own.values()), sum(map(_bytes, own.values())))
             for part, own in parts.items()]
 
-# %% ../nbs/21_weights.ipynb #aeba69c2
+# %% ../nbs/21_weights.ipynb #2d9aed52
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _convert(args):
-    checkpoint = load_checkpoint(args.input)
+    checkpoint = load_checkpoint(args.input, args.key)
     print(describe(checkpoint))
     drop = "heads" if args.no_heads and checkpoint.head_states else ""
     print("wrote", save_checkpoint(checkpoint, args.output, layout=args.to, dtype=_DTYPES.get(args.dtype), max_shard_size=args.max_shard_size, drop=drop))
 
 
 def _show(args):
-    checkpoint = load_checkpoint(args.input)
+    checkpoint = load_checkpoint(args.input, args.key)
     print(describe(checkpoint))
     print(f"{'part':8} {'blocks':>6} {'tensors':>8} {'numbers':>14} {'MB':>9}")
     for part, blocks, tensors, numbers, size in contents(checkpoint): print(f"{part:8} {blocks or '':>6} {tensors:>8} {numbers:>14,} {size / 1e6:>9,.2f}")
 
-# %% ../nbs/21_weights.ipynb #b4bb77cd
+# %% ../nbs/21_weights.ipynb #462d1d39
 def main(
     argv=None,  # list of words; None: those of the command line
 ) -> int:       # exit status: 0 done, 2 wrong input
@@ -714,10 +764,12 @@ def main(
     commands = parser.add_subparsers(required=True)
     show = commands.add_parser("show", help="say which network a checkpoint holds")
     show.add_argument("input", metavar="IN", help="file, folder, https address or name of zoo.ZOO")
+    show.add_argument("--key", default="", help="which set of weights, where a file holds several, such as state_dict_ema")
     show.set_defaults(run=_show)
     convert = commands.add_parser("convert", help="write a checkpoint for another library")
     convert.add_argument("input", metavar="IN", help="file, folder, https address or name of zoo.ZOO")
     convert.add_argument("output", metavar="OUT", help="file to write: .torch for vissl, .safetensors for all others")
+    convert.add_argument("--key", default="", help="which set of weights, where a file holds several")
     convert.add_argument("--to", required=True, choices=LAYOUTS)
     convert.add_argument("--dtype", choices=_DTYPES, help="cast to; default: as it is")
     convert.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="write a larger checkpoint in shards of at most so many bytes (default 5GB; not for vissl)")

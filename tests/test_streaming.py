@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seer_nb.evaluate.tasks import weights_hash
 from seer_nb.regnet import AnyNetConfig, RegNetY, init_weights, regnety
 from seer_nb.streaming import StreamedBackbone, main, measure, units, write_random
 from seer_nb.weights import convert_state, load_backbone, save_backbone
@@ -38,6 +39,26 @@ def test_same_bits_as_in_memory(tmp_path, small, layout, kept):
     assert not streamed.state_dict() and streamed.num_features == small.num_features
 
 
+def test_a_file_without_counters(tmp_path, small):
+    "VISSL's own files and converted ones lack num_batches_tracked, which nothing needs."
+    torch.save({k: v for k, v in convert_state(small.state_dict(), "vissl").items() if not k.endswith("num_batches_tracked")}, tmp_path / "b.torch")
+    images = torch.randn(2, 3, 40, 56)
+    with torch.inference_mode(): assert torch.equal(StreamedBackbone(tmp_path / "b.torch", keep_gib=1e-4)(images), small(images))
+    in_memory = load_backbone(tmp_path / "b.torch", report=None).state_dict()
+    assert all(torch.equal(tensor, in_memory.pop(name)) for name, tensor in StreamedBackbone(tmp_path / "b.torch").named_tensors()) and not in_memory
+
+
+def test_fingerprint_is_that_of_the_network_in_memory(tmp_path, small):
+    "A result is found again by it: two streamed networks must not have the same one."
+    prints = set()
+    for n, model in enumerate((small, regnety("regnety_toy"))):
+        path = save_backbone(model, tmp_path / f"{n}.safetensors")
+        for dtype in (None, torch.bfloat16):
+            prints.add(weights_hash(StreamedBackbone(path, dtype=dtype)))
+            assert weights_hash(load_backbone(path, dtype=dtype, report=None)) in prints
+    assert len(prints) == 4
+
+
 def test_refuses_what_loading_refuses(tmp_path, small):
     state = small.state_dict()
     del state["stages.res4.0.c.0.weight"]
@@ -45,7 +66,9 @@ def test_refuses_what_loading_refuses(tmp_path, small):
     with pytest.raises(ValueError, match=r"stages\.res4\.0\.c\.0\.weight"): StreamedBackbone(tmp_path / "b.pth")
     save_backbone(small, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="micro_batch"): StreamedBackbone(tmp_path / "b.safetensors", micro_batch=0)
-    with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"): StreamedBackbone(tmp_path / "b.safetensors")(torch.zeros(3, 64, 64))
+    with pytest.raises(ValueError, match="floating type"): StreamedBackbone(tmp_path / "b.safetensors", dtype=torch.int8)
+    for wrong in (torch.zeros(3, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"): StreamedBackbone(tmp_path / "b.safetensors")(wrong)
 
 
 def test_random_weights_follow_the_published_initialisation(tmp_path):

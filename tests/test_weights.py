@@ -162,6 +162,19 @@ def test_shards(tmp_path):
         with pytest.raises(ValueError, match="5GB"): save_backbone(model, tmp_path / "two", max_shard_size=size)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_what_is_written(tmp_path, umask):
+    "Weights are shared in a group: the files have the permissions that any new file has."
+    before = os.umask(umask)
+    try:
+        save_backbone(regnety("regnety_toy"), tmp_path / "b.safetensors")
+        save_backbone(regnety("regnety_toy"), tmp_path / "s" / "b.safetensors", max_shard_size="1MB")
+        save_checkpoint(load_checkpoint(tmp_path / "b.safetensors"), tmp_path / "b.torch", layout="vissl")
+    finally: os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()} == {0o666 & ~umask}
+
+
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
 def test_failed_shards_leave_nothing(tmp_path, monkeypatch, fail_at):
     replace, calls = os.replace, []
@@ -277,6 +290,37 @@ def test_old_transformers_shards(tmp_path):
     again = load_backbone(tmp_path, "regnety_toy", report=lines.append)
     assert same({k: v for k, v in again.state_dict().items()}, model.state_dict())
     assert "names of transformers" in lines[0] and "num_batches_tracked absent, set to 0" in lines[0]
+
+
+def test_the_lines_on_the_page_load_what_we_write(tmp_path):
+    "create_model with a file, from_pretrained with a config made from ours: same logits as before."
+    timm, transformers, torchvision = map(pytest.importorskip, ("timm", "transformers", "torchvision"))
+    theirs, images = scrambled(timm.create_model("regnety_004", num_classes=10)), torch.randn(2, 3, 64, 64)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    checkpoint = load_checkpoint(tmp_path / "theirs.pth")
+    files = {layout: save_checkpoint(checkpoint, tmp_path / layout / "model.safetensors", layout=layout, max_shard_size="5MB" if layout == "transformers" else "5GB")
+             for layout in JUDGES}
+    depths, widths, groups = zip(*checkpoint.config.stages)
+    config = transformers.RegNetConfig(embedding_size=32, hidden_sizes=widths, depths=depths, groups_width=groups[-1], num_labels=10)
+    config.save_pretrained(tmp_path / "transformers")
+    networks = [timm.create_model("regnety_004", num_classes=10, checkpoint_path=files["timm"]), torchvision.models.regnet_y_400mf(num_classes=10),
+                transformers.RegNetForImageClassification.from_pretrained(tmp_path / "transformers")]
+    networks[1].load_state_dict(load_file(files["torchvision"]))
+    for network in networks: assert (logits_of(network.eval(), images) - logits_of(theirs, images)).abs().max() <= 1e-4
+
+
+def test_networks_that_transformers_cannot_describe(tmp_path):
+    "One group width for all stages, a quarter squeezed: another network is refused, and a narrow first stage is not another one."
+    for config, message in ((AnyNetConfig((1, 1, 2, 1), (16, 24, 32, 64), (8, 12, 16, 8)), r"one group width .* \[8, 12, 16, 8\]"),
+                            (AnyNetConfig((1, 1, 1, 1), (16,) * 4, (8,) * 4, se_ratio=0.5), "squeezes to a quarter, this network to 0.5")):
+        with pytest.raises(ValueError, match=message): save_checkpoint(RegNetY(config), tmp_path / "m.safetensors", layout="transformers")
+        assert list(tmp_path.iterdir()) == []
+        assert infer_config(shapes(RegNetY(config))) == config
+    narrow = RegNetY(AnyNetConfig((1, 1, 1, 1), (24, 48, 144, 336), (24, 48, 48, 48), 24))
+    path = save_checkpoint(narrow, tmp_path / "m.safetensors", layout="transformers")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RegNetConfig(embedding_size=24, hidden_sizes=[24, 48, 144, 336], depths=[1] * 4, groups_width=48)
+    transformers.RegNetModel(config).load_state_dict(load_file(path), strict=True)
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -496,7 +540,7 @@ def test_vissl_swav_checkpoint(tmp_path, part, prefix, batch_norm):
     with torch.inference_mode(): want, got = model([images]), again([images])
     assert all(torch.equal(a, b) for a, b in zip(want[0] + want[1], got[0] + got[1]))
     assert lines == ["regnety_toy (0.5 M parameters, float32) from x.torch: VISSL consolidated, names of vissl; SwAV head 352-48-40-16"
-                     f"{' with BatchNorm' * batch_norm} and 30 prototypes; num_batches_tracked absent, set to 0"]
+                     f"{' with BatchNorm' * batch_norm} and 30 prototypes; num_batches_tracked absent, set to 0; images bilinear to 256, crop 224, RGB (assumed)"]
     assert not any(state[k].is_meta for k in state) and (not batch_norm or state["projection.1.num_batches_tracked"] == 0)
 
 
@@ -574,7 +618,8 @@ def test_other_heads_do_not_keep_the_backbone_away(tmp_path):
     path = vissl_file(tmp_path / "simclr.torch", trunk_of(model), {"0.clf.0.weight": torch.zeros(8, 352), "0.clf.0.bias": torch.zeros(8), "0.clf.2.weight": torch.zeros(4, 8)})
     load_backbone(path, report=lines.append)
     assert "head of another kind (3 tensors)" in lines[0]
-    with pytest.raises(ValueError, match="another structure; unexpected: clf.2.weight"): load_classifier(path)
+    with pytest.raises(ValueError, match="simclr.torch: a classifier has another structure; unexpected: clf.2.weight"): load_classifier(path)
+    with pytest.raises(ValueError, match="dtype must be a floating type"): load_classifier(path, dtype=torch.int8)
     again = save_checkpoint(load_checkpoint(save_checkpoint(load_checkpoint(path), tmp_path / "o.safetensors")), tmp_path / "again.torch", layout="vissl")
     assert open_tensors(again).entries.keys() == open_tensors(path).entries.keys()
 
@@ -609,6 +654,66 @@ def test_missing_and_misshaped_are_spelled_as_in_the_file(tmp_path):
     with pytest.raises(ValueError, match=rf"wrong shape: {lost} is \[3\], not \[128\]"): load_backbone(tmp_path / "b.pth")
     torch.save({**state, lost: torch.zeros(128, dtype=torch.uint8)}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="quantised"): load_backbone(tmp_path / "c.pth")
+
+
+def test_a_missing_convolution_is_spelled_as_in_the_file(tmp_path):
+    "The architecture is read off it, so it is missed before anything is compared."
+    state = {f"module.{k}": v for k, v in convert_state(regnety("regnety_toy").state_dict(), "timm").items()}
+    lost = "module.s2.b1.conv2.conv.weight"
+    torch.save({k: v for k, v in state.items() if k != lost}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"a.pth: {lost} is missing$"): load_backbone(tmp_path / "a.pth")
+    torch.save({**state, lost: torch.zeros(3)}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=rf"{lost} is \[3\], no shape of a convolution"): load_backbone(tmp_path / "b.pth")
+
+
+def test_counters_that_were_cast_with_the_rest(tmp_path):
+    "`{k: v.half() for k, v in state.items()}` makes floating numbers of them; they come back whole, and no other type is let through."
+    model = regnety("regnety_toy")
+    model.stem[1].num_batches_tracked.fill_(7)
+    torch.save({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "half.pth")
+    again = load_backbone(tmp_path / "half.pth")
+    assert again.stem[1].num_batches_tracked.dtype == torch.int64 and again.stem[1].num_batches_tracked == 7 and again.stem[0].weight.dtype == torch.float16
+    for layout in JUDGES:
+        written = load_file(save_checkpoint(load_checkpoint(tmp_path / "half.pth"), tmp_path / f"{layout}.safetensors", layout=layout, dtype=torch.float32))
+        assert {v.dtype for k, v in written.items() if k.endswith("num_batches_tracked")} == {torch.int64}
+
+
+def test_one_of_several_sets_of_weights(tmp_path, capsys):
+    "Training scripts keep the network and its average; which one is wanted is the caller's choice."
+    model, average = scrambled(regnety("regnety_toy")), regnety("regnety_toy")
+    torch.save({"state_dict": model.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "c.pth.tar")
+    with pytest.raises(ValueError, match="state_dict, state_dict_ema.*open_tensors.*--key"): load_backbone(tmp_path / "c.pth.tar")
+    for given in (open_tensors(tmp_path / "c.pth.tar", key="state_dict_ema"), load_checkpoint(tmp_path / "c.pth.tar", "state_dict_ema")):
+        assert same(load_backbone(given).state_dict(), average.state_dict())
+    assert main(["show", str(tmp_path / "c.pth.tar")]) == 2 and main(["show", str(tmp_path / "c.pth.tar"), "--key", "state_dict"]) == 0
+    assert main(["convert", str(tmp_path / "c.pth.tar"), str(tmp_path / "o.safetensors"), "--to", "seer_nb", "--key", "state_dict"]) == 0
+    assert same(load_backbone(tmp_path / "o.safetensors").state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="no weights under 'ema'"): load_checkpoint(tmp_path / "c.pth.tar", "ema")
+
+
+def test_the_licence_is_told_when_a_public_file_is_fetched(tmp_path, monkeypatch, capsys):
+    "By load_backbone too, once, and not among the output of a command."
+    from seer_nb import zoo
+
+    monkeypatch.setenv("SEER_NB_CACHE", str(tmp_path))
+
+    def fetch(url, path, sha256, report):
+        save_backbone(regnety("regnety_toy"), path)
+        report("weights.torch: 2 MB")
+        return path
+
+    monkeypatch.setattr(zoo, "_fetch", fetch)
+    for told in (True, False):
+        load_backbone("seer_regnety_32gf", report=None)
+        out, err = capsys.readouterr()
+        assert out == "" and ("non-commercial" in err and "2 MB" in err) == told == bool(err)
+
+
+def test_what_is_not_a_path(tmp_path):
+    for given, name in ((None, "NoneType"), (regnety("regnety_toy").state_dict(), "OrderedDict")):
+        with pytest.raises(TypeError, match=f"got {name}; for a state dict in memory see convert_state"): load_backbone(given)
+    for given, name in ((tmp_path / "x.torch", "PosixPath|WindowsPath"), (nn.Linear(2, 2), "Linear")):
+        with pytest.raises(TypeError, match=f"save_checkpoint takes what load_checkpoint returned, or a RegNetY; got ({name})"): save_checkpoint(given, tmp_path / "y.safetensors")
 
 
 def test_one_tensor_of_the_file_at_a_time(tmp_path):
@@ -684,6 +789,16 @@ def test_preprocess_order_warp_and_batches():
     assert torch.equal(plain.normalize(image), transforms.Normalize(plain.mean, plain.std)(image / 255))
 
 
+def test_preprocess_takes_tensors_of_three_channels():
+    import numpy as np
+
+    preprocess = Preprocess(64, 64)
+    for image in (photo(), np.array(photo())):
+        with pytest.raises(TypeError, match="decode_image"): preprocess(image)
+    for shape in ((1, 80, 80), (4, 80, 80), (80, 90, 3), (80, 80)):
+        with pytest.raises(ValueError, match=r"\[\.\.\., 3, H, W\], got"): preprocess(torch.zeros(shape, dtype=torch.uint8))
+
+
 def test_preprocess_travels(tmp_path):
     model = regnety("regnety_toy")
     model.preprocess = Preprocess(384, 384, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "BGR")
@@ -707,7 +822,7 @@ def test_public_files_bring_their_preprocessing(monkeypatch, tmp_path):
     finetuned, supervised = (Path(ZOO[slug].url).name for slug in ("seer_regnety_64gf_in1k", "sup_regnety_64gf"))
     assert opened(finetuned, large).crop == 384 and opened(supervised, large).channel_order == "BGR"
     assert opened(finetuned, small) == opened("x.torch", large) == opened("model.safetensors", large) == Preprocess()
-    assert opened("seer_regnety_64gf_in1k@timm/model.safetensors", large).crop == 384
+    assert opened("seer_regnety_64gf_in1k@timm/model.safetensors", large).crop == opened("seer_regnety_64gf_in1k@timm", large).crop == 384
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -733,3 +848,25 @@ def test_command_line(tmp_path, capsys):
 def test_command_line_as_a_module(tmp_path):
     done = subprocess.run([sys.executable, "-m", "seer_nb.weights", "show", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: there is no file of weights") and done.stderr.count("\n") == 1
+
+
+def test_preprocessing_beside_the_file(tmp_path, capsys):
+    "timm and transformers keep it in a JSON file of their own; without any, the report says that it is assumed."
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    model = regnety("regnety_toy")
+    save_file(convert_state(model.state_dict(), "timm"), tmp_path / "model.safetensors")
+    assert load_backbone(tmp_path).preprocess == Preprocess()
+    assert "images bilinear to 256, crop 224, RGB (assumed)" in capsys.readouterr().out
+    cfg = timm.models.get_pretrained_cfg("regnety_320.seer_ft_in1k").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "regnety_320", "pretrained_cfg": cfg}, default=str))
+    wanted = timm.data.resolve_data_config(pretrained_cfg=cfg)
+    got = load_backbone(tmp_path / "model.safetensors").preprocess
+    assert (got.crop, got.interpolation, got.mean, got.std) == (wanted["input_size"][-1], wanted["interpolation"], wanted["mean"], wanted["std"])
+    assert got.size == got.crop / wanted["crop_pct"] and "assumed" not in capsys.readouterr().out
+    for size, expected in ((384, (384, True)), (224, (256, False))):
+        transformers.ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=224 / 256).save_pretrained(tmp_path)
+        got = load_backbone(tmp_path).preprocess
+        assert (got.size, got.warp, got.crop) == (*expected, size)
+    for text in ("[]", "{", '{"size": 3}', '{"size": {"shortest_edge": -5}, "resample": 3, "image_mean": [1], "image_std": 0}', "[" * 100_000):
+        (tmp_path / "preprocessor_config.json").write_text(text)
+        assert load_backbone(tmp_path).preprocess.crop == 384                   # what timm's file says

@@ -222,13 +222,13 @@ def open_model(
     if kind != "seer": model.preprocess = Preprocess(mean=tuple(mean), std=tuple(std))
     return model.to(device).eval()
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #d2dba183
+# %% ../../nbs/evaluate/50_tasks.ipynb #f759d028
 def weights_hash(
-    model: nn.Module,
+    model: nn.Module,  # in memory, or streamed from disk with the `named_tensors` of a StreamedBackbone
 ) -> str:
     "Return 12 hexadecimal digits that depend on every parameter and buffer of the model."
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in model.named_tensors() if hasattr(model, "named_tensors") else sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
