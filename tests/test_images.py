@@ -2,9 +2,12 @@
 import io
 import json
 import os
+import pickle
+import signal
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 
@@ -14,7 +17,8 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
-from seer_nb.images import (BadImage, ImageFiles, Samples, StatelessSampler, bad_image_report, decode_image, open_images, shuffled)
+from seer_nb.images import (BadImage, ImageFiles, LoaderFault, Rows, Samples, StatelessSampler, bad_image_report, decode_image, guarded, open_images, shuffled,
+                            worker_memory)
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 
@@ -294,6 +298,38 @@ def test_many_names_take_little_memory():
         with pytest.raises(IndexError): source.name(bad)
 
 
+def test_a_npy_list_stays_on_disk(tmp_path):
+    names = [f"ordner/bild {i:07}.png" for i in range(30_000)]
+    for kind, array in (("U", np.array(names)), ("S", np.array(names, "S"))):
+        np.save(tmp_path / "list.npy", array)
+        source = open_images(tmp_path / "list.npy")
+        assert len(source) == 30_000 and [source.name(i) for i in (0, 29_999, 777)] == [names[0], names[-1], names[777]]
+        copy = pickle.loads(pickle.dumps(source))                 # a worker that is not forked gets the path
+        assert copy.name(5) == names[5] and len(pickle.dumps(source)) < 2000
+        with open(tmp_path / "list.npy", "r+b") as file: file.truncate(500)
+        assert source.name(0) == names[0]
+        with pytest.raises(OSError, match="shorter"): source.name(29_999)
+
+
+def test_rows_are_of_plain_types_only(tmp_path):
+    np.save(tmp_path / "table.npy", np.zeros((3, 4)))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "table.npy").read_bytes()[:40])
+    np.savez(tmp_path / "zip.npy", a=np.zeros(3)); os.rename(tmp_path / "zip.npy.npz", tmp_path / "zip.npy")
+    np.save(tmp_path / "none.npy", np.zeros(0, "S5"))
+    for name in ("table", "cut", "zip"):
+        with pytest.raises((ValueError, EOFError)): Rows(tmp_path / f"{name}.npy")
+    with pytest.raises(ValueError, match="empty list"): open_images(tmp_path / "none.npy")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the kernel does not tell")
+def test_names_do_not_grow_with_workers(tmp_path):
+    n = 400_000
+    np.lib.format.open_memmap(tmp_path / "many.npy", "w+", "S20", (n,))[:] = np.char.zfill(np.arange(n).astype("S7"), 20)
+    (tmp_path / "many.txt").write_bytes(b"\n".join(np.load(tmp_path / "many.npy")))
+    for kind in ("npy", "txt"):
+        assert max(worker_memory(open_images(tmp_path / f"many.{kind}"), workers, reads=20_000) for workers in (1, 2)) < 4   # MB; a list of str: 40
+
+
 # --- the order --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 12, 97, 1000, 2**10 - 1, 2**10, 2**10 + 1, 2**16 - 1, 2**16 + 1, 99_991])
@@ -408,3 +444,87 @@ def test_nothing_readable_is_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError):                # an error of the transform is not an error of the image
         write(tmp_path / "a.png")
         Samples(open_images(tmp_path), lambda *_: 1 / 0)[0, 0]
+
+
+def test_above_a_share_of_bad_images_the_run_stops(half_bad):
+    samples = Samples(open_images(half_bad / "images"), value, seed=1)
+    with pytest.raises(RuntimeError, match="more than max_bad = 5%.*empty.*unsupported"):
+        for epoch in range(100):
+            for i in range(10): samples[i, epoch]
+    patient = Samples(open_images(half_bad / "images"), value, seed=1, max_bad=1)
+    for epoch in range(100):
+        for i in range(10): patient[i, epoch]
+    assert patient._bad.total() > 500 and patient._bad["empty"] > patient._bad["unsupported"]
+
+
+# --- workers that die or hang ------------------------------------------------------------------------------------------
+
+class Scene:
+    "Images whose reading does something else once, in a worker: `scene` is called with the number of the image."
+    def __init__(self, scene): self.scene = scene
+    def __len__(self): return 100
+    def name(self, i): return f"folder/{i}.jpg"
+    def __getitem__(self, i):
+        self.scene(i)
+        return torch.full((3, 8, 8), i, dtype=torch.uint8)
+
+
+def play(scene, timeout=60, workers=2, **options):
+    loader = DataLoader(Samples(Scene(scene), **options), sampler=StatelessSampler(100, shuffle=False), batch_size=5, num_workers=workers, timeout=timeout)
+    seen = []
+    with guarded(loader) as batches:
+        play.seen, play.workers = seen, batches.workers
+        for batch, _ in zip(batches, range(40)): seen.append(batch[:, 0, 0, 0].tolist())
+    return seen
+
+
+def gone(workers): return all(worker.exitcode is not None for worker in workers)
+
+
+def test_a_worker_killed_while_it_reads_is_named_with_its_image():
+    with pytest.raises(LoaderFault, match=r"worker \d \(process \d+\), at image 42, 'folder/42.jpg', ended with SIGKILL.*memory.*checkpoint"):
+        play(lambda i: i == 42 and os.kill(os.getpid(), signal.SIGKILL))
+    assert play.seen[:2] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] and gone(play.workers)
+
+
+def test_a_worker_killed_while_the_main_process_computes():
+    "PyTorch's alarm goes off in the midst of other code."
+    loader = DataLoader(Samples(Scene(lambda i: None)), sampler=StatelessSampler(100), batch_size=5, num_workers=2, timeout=60)
+    with pytest.raises(LoaderFault, match="worker 1 .* ended with SIGKILL"):
+        with guarded(loader) as batches:
+            next(batches)
+            os.kill(batches.workers[1].pid, signal.SIGKILL)
+            for _ in range(1000): torch.ones(99).sum(); time.sleep(0.01)
+    assert gone(batches.workers)
+
+
+def test_a_worker_that_exits():
+    with pytest.raises(LoaderFault, match="at image 17, .* ended with exit code 3"): play(lambda i: i == 17 and os._exit(3))
+
+
+@pytest.mark.parametrize("stuck", [lambda: time.sleep(600), lambda: os.kill(os.getpid(), signal.SIGSTOP)])
+def test_a_stuck_or_stopped_worker_is_named_and_ended(stuck):
+    with pytest.raises(LoaderFault, match=r"worker 0 \(process \d+\), at image 21, 'folder/21.jpg', has not answered for 3 s"):
+        play(lambda i: i == 21 and stuck(), timeout=3)
+    assert gone(play.workers) and "worker 1" not in str(play.seen)
+
+
+def test_other_errors_pass_through_and_workers_end():
+    with pytest.raises(ZeroDivisionError): play(lambda i: 1 / (i - 30))
+    assert gone(play.workers)
+    with pytest.raises(RuntimeError, match="mine") as caught:
+        with guarded(DataLoader(Samples(Scene(lambda i: None)), sampler=StatelessSampler(100), num_workers=1)) as batches:
+            next(batches)
+            raise RuntimeError("mine")
+    assert not isinstance(caught.value, LoaderFault) and gone(batches.workers)
+    assert play(lambda i: None, timeout=0, workers=0)[:2] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert len(play(lambda i: None)) == 40 and gone(play.workers)
+
+
+def test_a_fault_does_not_keep_the_process_from_ending(tmp_path):
+    code = ("import os, signal\nfrom torch.utils.data import DataLoader\nfrom seer_nb.images import *\n"
+            "class Stop:\n    def __len__(self): return 9\n    def name(self, i): return str(i)\n"
+            "    def __getitem__(self, i): os.kill(os.getpid(), signal.SIGSTOP)\n"
+            "with guarded(DataLoader(Samples(Stop()), sampler=StatelessSampler(9), num_workers=2, timeout=1)) as batches: next(batches)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("seer_nb.images.LoaderFault: worker 0")
