@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from seer_nb import multicrop
 from seer_nb.core import stateless_rng
 from seer_nb.images import Samples, StatelessSampler
-from seer_nb.multicrop import (ATTEMPTS, RATIO, CropPlan, MultiCrop, collate_crops, draw_plan, fit_boxes, init_worker, normalize,
+from seer_nb.multicrop import (ATTEMPTS, RATIO, Colours, CropPlan, GpuAugment, MultiCrop, collate_crops, draw_plan, fit_boxes, init_worker, normalize,
                                render_fast, render_plain)
 
 LARGE, SMALL = (0.14, 1.0), (0.05, 0.14)
@@ -235,6 +235,95 @@ def test_normalize():
     with pytest.raises(TypeError, match="uint8"): normalize(want)
 
 
+# --- colours on the device --------------------------------------------------------------------------------------------
+
+SETTINGS = dict(n_large=2, n_small=2, large_size=64, small_size=32)
+
+
+def both(count=24, source=picture, **options):
+    "The batches of the CPU path and those of GpuAugment, for the same images and plans."
+    crop = MultiCrop(**{**SETTINGS, **options})
+    cut = dataclasses.replace(crop, on_device=True)
+    images = [source(90 + i, 120, seed=i) for i in range(count)]
+    batches, colours = collate_crops([cut(image, 3, i, 1) for i, image in enumerate(images)])
+    return collate_crops([crop(image, 3, i, 1) for i, image in enumerate(images)]), batches, colours
+
+
+def noise(height, width, seed): return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("source", [picture, noise])
+def test_the_device_renders_the_same_pixels(source):
+    here, batches, colours = both(source=source)
+    there = GpuAugment()(batches, colours)
+    for a, b in zip(here, there):
+        assert b.dtype == torch.uint8 and b.shape == a.shape and b.is_contiguous(memory_format=torch.channels_last)
+        d = gap(a, b)
+        assert (d == 0).mean() > 0.98 and d.mean() < 0.05 and np.mean([gap(x, y).mean() < 0.25 for x, y in zip(a, b)]) == 1
+
+
+@pytest.mark.parametrize("only, share", [(dict(jitter=0, grey=0, blur=0), 1), (dict(flip=0, jitter=0, grey=1, blur=0), 0.995), (dict(flip=0, jitter=0, grey=0, blur=1), 0.995),
+                                         (dict(flip=0, jitter=1, grey=0, blur=0), 0.98), (dict(flip=1, jitter=0, grey=0, blur=0), 1)])
+def test_each_stage_on_the_device(only, share):
+    here, batches, colours = both(**only)
+    there = GpuAugment()(batches, colours)
+    assert all((gap(a, b) == 0).mean() >= share and gap(a, b).mean() < 0.02 for a, b in zip(here, there))
+    if only.get("flip", 1) or only["jitter"] or only["blur"]: assert any(not torch.equal(a, b) for a, b in zip(batches, there))
+
+
+def test_nothing_to_do_changes_nothing_and_crops_are_left_alone():
+    _, batches, colours = both(flip=0, jitter=0, grey=0, blur=0)
+    before = [batch.clone() for batch in batches]
+    assert all(torch.equal(a, b) for a, b in zip(GpuAugment()(batches, colours), before))
+    _, batches, colours = both()
+    before = [batch.clone() for batch in batches]
+    GpuAugment()(batches, colours)
+    assert all(torch.equal(a, b) for a, b in zip(batches, before))
+
+
+def test_the_device_is_never_asked_for_a_value():
+    "Tensors on the meta device have none: a mask in brackets, .item() or nonzero() would raise."
+    _, batches, colours = both()
+    ghosts = GpuAugment()([batch.to("meta") for batch in batches], colours)
+    assert [ghost.shape for ghost in ghosts] == [batch.shape for batch in batches] and ghosts[0].device.type == "meta"
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    _, batches, colours = both(12)
+    whole = GpuAugment()(batches, colours)
+    for i in (0, 5, 11):
+        alone = GpuAugment()([batch[i:i + 1] for batch in batches], Colours(*(part[:, i:i + 1] for part in colours)))
+        assert all(gap(a[i:i + 1], b).max() <= 1 and (gap(a[i:i + 1], b) == 0).mean() > 0.999 for a, b in zip(whole, alone))
+
+
+def test_cutting_alone_is_the_first_half_of_the_recipe():
+    image = picture()
+    crops, plan = MultiCrop(**SETTINGS, on_device=True)(image, 1, 2, 3)
+    plain = render_fast(image, dataclasses.replace(plan, flip=plan.flip & False, jitter=plan.jitter & False, grey=plan.grey & False, sigma=0 * plan.sigma))
+    assert all(torch.equal(a, b) for a, b in zip(crops, plain))
+    same = MultiCrop(**SETTINGS).plan(*image.shape[1:], 1, 2, 3)
+    assert all(np.array_equal(getattr(plan, f.name), getattr(same, f.name)) for f in dataclasses.fields(CropPlan))
+
+
+def test_wrong_batches_are_refused():
+    _, batches, colours = both(4)
+    with pytest.raises(ValueError, match="do not fit"): GpuAugment()(batches[:3], colours)
+    with pytest.raises(ValueError, match="do not fit"): GpuAugment()([batch[:2] for batch in batches], colours)
+    with pytest.raises(TypeError, match="uint8"): GpuAugment()([batch.float() for batch in batches], colours)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    here, batches, colours = both()
+    sent = [batch.cuda() for batch in batches]
+    GpuAugment()(sent, colours)                                                        # loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try: there = GpuAugment()(sent, colours)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert all((gap(a, b.cpu()) == 0).mean() > 0.98 and gap(a, b.cpu()).mean() < 0.05 for a, b in zip(here, there))
+
+
 class Pictures:
     def __len__(self): return 7
     def name(self, i): return str(i)
@@ -249,6 +338,10 @@ def test_workers_give_the_crops_of_the_main_process():
         loader = DataLoader(Samples(Pictures(), crop, seed=5), sampler=StatelessSampler(7, seed=5), batch_size=4, num_workers=workers,
                             collate_fn=collate_crops, worker_init_fn=init_worker if workers else None, timeout=60 if workers else 0)
         runs[workers] = [batch for batch, _ in zip(loader, range(4))]
+    loader = DataLoader(Samples(Pictures(), dataclasses.replace(crop, on_device=True), seed=5), sampler=StatelessSampler(7, seed=5), batch_size=4, num_workers=2,
+                        collate_fn=collate_crops, worker_init_fn=init_worker, timeout=60)
+    batch, colours = next(iter(loader))
+    assert all((gap(a, b) == 0).mean() > 0.95 for a, b in zip(GpuAugment()(batch, colours), runs[0][0]))
     for a, b in zip(runs[0], runs[2]):
         assert [tuple(x.shape) for x in a] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)]
         assert all(torch.equal(x, y) and y.is_contiguous(memory_format=torch.channels_last) for x, y in zip(a, b))
