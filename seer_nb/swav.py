@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/30_swav.ipynb #82409a52
+# %% ../nbs/30_swav.ipynb #a55807db
 @torch.no_grad()
 def sinkhorn(
     scores_BK,              # float [..., B, K], cosines; leading dimensions are separate problems
@@ -30,9 +30,11 @@ def sinkhorn(
     if n_iters < 1: raise ValueError(f"n_iters must be at least 1, got {n_iters}")
     with torch.autocast(scores_BK.device.type, enabled=False):
         S = scores_BK.float() / epsilon
-        top = S.amax(-2, keepdim=True)                                    # [..., 1, K]
-        if group is not None: dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        E = S.sub_(top).exp_()                                            # [..., B, K], each column at most 1
+        top = 1 / epsilon                                                 # of a cosine; exp(-80) is still a normal number
+        if 2 / epsilon > 80:
+            top = S.amax(-2, keepdim=True)                                # [..., 1, K]
+            if group is not None: dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        E = S.sub_(top).exp_()                                            # [..., B, K], at most 1
         tiny = torch.finfo(E.dtype).tiny
         v = torch.ones_like(E[..., 0]).unsqueeze(-2)                      # [..., 1, B]; a row times a matrix is fast, a matrix times a column slow
         for _ in range(n_iters):
@@ -125,7 +127,7 @@ class Queue(nn.Module):
         "Return n_large tensors [length, K], or None while the queue is not full."
         return list(self.embeddings @ prototypes_KD.float().T) if self.full else None
 
-# %% ../nbs/30_swav.ipynb #c0fe6b2a
+# %% ../nbs/30_swav.ipynb #396c6513
 class SwAVHead(nn.Module):
     "Projection head and prototypes: features [B, in_features] to embeddings [B, out_features] and scores [B, n_prototypes]."
 
@@ -156,7 +158,7 @@ class SwAVHead(nn.Module):
         "Return embeddings on the unit sphere, and scores in fp32."
         embeddings = F.normalize(self.projection(features).float(), dim=1)
         with torch.autocast(features.device.type, enabled=False):
-            return embeddings, F.linear(embeddings, self.prototypes.weight.float())
+            return embeddings, self.prototypes(embeddings.to(self.prototypes.weight.dtype)).float()
 
 # %% ../nbs/30_swav.ipynb #0d5aefdc
 class SwAV(nn.Module):
