@@ -10,11 +10,26 @@ import math
 
 import torch
 
-# %% ../nbs/31_larc.ipynb #a11dfc26
+# %% ../nbs/31_larc.ipynb #5adffae1
+def _local(tensor): return tensor.to_local() if hasattr(tensor, "to_local") else tensor      # a DTensor's own shard
+
+
+def _norms(tensors):
+    "Return the length of every tensor, [n]; of sharded ones (DTensor) the length of the whole, with one all-reduce for all together."
+    norms, first = torch.stack([_local(t).norm() for t in tensors]), tensors[0]
+    if len({(getattr(t, "device_mesh", None), getattr(t, "placements", None)) for t in tensors}) > 1:
+        raise ValueError("LARC: all parameters of a group must be sharded in the same way, or none; apply fully_shard to the whole model")
+    if not hasattr(first, "to_local"): return norms
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    squares = norms.square().to(first.device_mesh.device_type)                               # offloaded shards lie in host memory
+    kinds = [Partial() if placement.is_shard() else Replicate() for placement in first.placements]
+    return DTensor.from_local(squares, first.device_mesh, kinds).full_tensor().sqrt().to(norms.device)
+
+# %% ../nbs/31_larc.ipynb #69057a16
 class LARC(torch.optim.Optimizer):
     """SGD with momentum and a layer-wise adaptive rate (You et al. 2017), as SEER uses it.
 
-    Each tensor is a layer. No tensor is read back to the host, so a GPU never waits. Raises `ValueError` for settings out of range.
+    Each tensor is a layer, also where its shards lie on several ranks. No tensor is read back to the host, so a GPU never waits. Raises `ValueError` for settings out of range.
     """
 
     def __init__(
@@ -30,6 +45,7 @@ class LARC(torch.optim.Optimizer):
         for name, value in dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps).items():
             if not value >= 0: raise ValueError(f"LARC: {name} must not be negative, got {value}")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, clip=clip, eps=eps))
+        self.gradient_norm = torch.zeros(())   # length of the whole gradient at the latest step, on the device
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -37,21 +53,24 @@ class LARC(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
+        squares = []
         for group in self.param_groups:
             lr, decay = group["lr"], group["weight_decay"]
-            for p in group["params"]:
-                if p.grad is None: continue
-                w_norm, g_norm = p.norm(), p.grad.norm()
+            params = [p for p in group["params"] if p.grad is not None]
+            norms = _norms([*params, *(p.grad for p in params)]) if params else []
+            if params: squares.append(norms[len(params):].square().sum())
+            for p, w_norm, g_norm in zip(params, norms, norms[len(params):]):
                 rate = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + group["eps"])
                 if group["clip"]: rate = (rate / lr).clamp(max=1) if lr > 0 else torch.zeros_like(rate)
                 rate = torch.where((w_norm > 0) & (g_norm > 0), rate, 1.0)
-                update = (p.grad + decay * p).mul_(rate)           # a tensor of zeros has no decay either
+                weight, grad = _local(p), _local(p.grad)
+                update = (grad + decay * weight).mul_(rate)        # a tensor of zeros has no decay either
                 if group["momentum"]:
                     state = self.state[p]
-                    if "momentum_buffer" not in state: state["momentum_buffer"] = update
-                    else: state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                    update = state["momentum_buffer"]
-                p.add_(update, alpha=-lr)
+                    if "momentum_buffer" not in state: state["momentum_buffer"] = torch.zeros_like(p)
+                    update = _local(state["momentum_buffer"]).mul_(group["momentum"]).add_(update)
+                weight.add_(update, alpha=-lr)
+        if squares: self.gradient_norm = torch.stack(squares).sum().sqrt()
         return loss
 
 # %% ../nbs/31_larc.ipynb #982be76f
