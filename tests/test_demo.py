@@ -103,7 +103,7 @@ def test_no_kernel_outlives_its_run(tmp_path):
 
 def test_interrupted(tmp_path):
     "Ctrl-C ends the kernel, keeps the report so far, and says how to go on, without a traceback."
-    code = "import os, time\nprint('here')\nopen(run_dir + '/pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    code = "import os, time\nprint('here')\nopen(run_dir + '/pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     notebook = write_notebook(tmp_path / "05_x.ipynb", code)
     job = subprocess.Popen([sys.executable, "-m", "seer_nb.launch", notebook, "-p", "run_dir", tmp_path], cwd=TOP, stderr=subprocess.PIPE, text=True)
     pid = tmp_path / "pid"
@@ -111,7 +111,7 @@ def test_interrupted(tmp_path):
         assert job.poll() is None
         time.sleep(.1)
     job.send_signal(signal.SIGINT)
-    error = job.communicate(timeout=30)[1]
+    error = job.communicate(timeout=300)[1]
     assert job.returncode == 130 and f"run_dir {tmp_path}" in error and "Traceback" not in error
     assert not alive(pid.read_text()) and (tmp_path / "report.html").exists()
 

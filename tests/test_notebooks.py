@@ -222,6 +222,15 @@ def test_preset_fits_its_notebook(preset):
 
 # ── who may import whom ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+@each_notebook
+def test_cells_with_imports_run_nothing(file):
+    "Building the site runs every cell that imports something, and no others: beside imports such a cell may only define."
+    for cell in cells(file, "code"):
+        if "export" in " ".join(directives(cell)) or not list(imports(ast.walk(tree(cell)))): continue
+        doing = [node for node in tree(cell).body if not isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))]
+        assert not doing, f"split this cell: imports and definitions, then what uses them\n{cell.source}"
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if f not in ("index.ipynb", "00_quickstart.ipynb")])
 def test_imports_only_pages_above(file):
     me = module_of(file)
