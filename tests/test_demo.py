@@ -105,7 +105,8 @@ def test_interrupted(tmp_path):
     "Ctrl-C ends the kernel, keeps the report so far, and says how to go on, without a traceback."
     code = "import os, time\nprint('here')\nopen(run_dir + '/pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     notebook = write_notebook(tmp_path / "05_x.ipynb", code)
-    job = subprocess.Popen([sys.executable, "-m", "seer_nb.launch", notebook, "-p", "run_dir", tmp_path], cwd=TOP, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen([sys.executable, "-m", "seer_nb.launch", notebook, "-p", "run_dir", tmp_path], cwd=TOP, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))   # a shell makes its background jobs deaf to it
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()):
         assert job.poll() is None
