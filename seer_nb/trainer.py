@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'PEAKS', 'PretrainConfig', 'Training', 'build_training', 'NotFinite', 'train_step', 'build_loader', 'pack',
-           'RunResult', 'training_flops', 'pretrain']
+           'training_flops', 'RunResult', 'pretrain']
 
-# %% ../nbs/32_trainer.ipynb #acc05dc9
+# %% ../nbs/32_trainer.ipynb #233101b7
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -254,20 +255,11 @@ def pack(
     whole = (local.shape[0], n * world_size(), local.shape[2])
     return tensors | {"queue.embeddings": Piece(local, whole, (0, n * rank(), 0)), "queue.filled": training.queue.filled}
 
-# %% ../nbs/32_trainer.ipynb #98152346
-class RunResult(NamedTuple):
-    "What a pretraining run leaves."
-    run_dir: Path     # the folder
-    step: int         # optimizer steps taken
-    loss: float       # mean loss since the last row of metrics.jsonl but one
-    backbone: Path    # weights of the backbone, safetensors
-    bad_images: dict  # reason -> number of images that could not be used
+# %% ../nbs/32_trainer.ipynb #e8511b27
+PEAKS = {"V100": 125, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71}   # dense half-precision TFLOP/s, from the makers' data sheets
 
 
-# bf16 multiply-adds without sparsity, TFLOP/s, from the makers' data sheets
-PEAKS = {"V100": 125, "A100": 312, "H100": 989, "H200": 989, "B200": 2250, "RTX 3090": 71, "RTX 4090": 165}
-
-
+@functools.lru_cache(1)
 def training_flops(
     config: PretrainConfig,  # the run
 ) -> float:
@@ -279,7 +271,7 @@ def training_flops(
     head = sum(p.numel() for p in model.head.parameters() if p.ndim == 2)
     return 6 * sum(n * (count_macs(model.backbone, size) + head) for size, n in sizes.items())
 
-
+# %% ../nbs/32_trainer.ipynb #6af2a692
 def _log_row(config, training, out, losses, seconds, waited, device):
     "Make a row of metrics.jsonl."
     loss = sum(losses) / len(losses)
@@ -302,6 +294,60 @@ def _line(row, config):
     mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
     return (f"loss {row['loss']:.3f} (ln K {math.log(config.n_prototypes):.3f}), prototypes in use {row['prototype_usage']:.0%}, rate {row['learning_rate']:.3g}, "
             f"gradient {row['gradient_norm']:.2g}, {row['images_per_s']:.0f} images/s, {row['tflops']:.2g} TFLOP/s{mfu}, {row['memory_gib']:.1f} GiB, waiting {row['data_wait']:.0%}")
+
+# %% ../nbs/32_trainer.ipynb #c702f21d
+def _loop(config, training, batches, run, log, losses, device, watchdog, manager):
+    "Train from `training.step` to `config.steps`."
+    row, told, fresh, waited, start = {}, set(), [], 0.0, time.perf_counter()
+    augment = GpuAugment()
+    steps = range(training.step, config.steps)
+    for _ in progress(steps, desc="pretrain", every=15, note=lambda: _line(row, config)) if is_main() else steps:
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        crops = [crop.to(device, non_blocking=True) for crop in (batch[0] if config.device_colour else batch)]
+        if config.device_colour: crops = augment(crops, batch[1])
+        try: out = train_step(training, crops, config)
+        except NotFinite as error: _stop(run, str(error), training.step, error.scores, error.codes)
+        watchdog.beat(training.step)
+        fresh.append(out["loss"])
+        last = training.step == config.steps
+        log_now, save_now = (last or training.step % every == 0 for every in (config.log_every, config.checkpoint_every))
+        if not (log_now or save_now): continue
+        known = all_reduce_mean(torch.stack(fresh)).tolist()                     # here the host waits for the device
+        wrong = [step for step, loss in enumerate(known, training.step - len(known)) if not math.isfinite(loss)]
+        if wrong or not torch.isfinite(training.optimizer.gradient_norm):
+            _stop(run, f"the loss is {known[wrong[0] - training.step]} at step {wrong[0]}" if wrong else f"the gradient is not finite at step {training.step - 1} or before",
+                  training.step, [out["scores"]], out["codes"][None])
+        losses, fresh = losses + known, []
+        if log_now:
+            row = _log_row(config, training, out, losses, time.perf_counter() - start, waited, device)
+            if is_main():
+                log.log(**row)
+                for message in set(row.get("warnings", [])) - told: print(f"step {training.step}: {message}")
+            told |= set(row.get("warnings", []))
+            losses, waited, start = [], 0.0, time.perf_counter()
+        if save_now:
+            numbers = {"scaler": training.scaler.state_dict(), "losses": losses, "backbone": dataclasses.asdict(training.model.backbone.config)}
+            manager.save(training.step, pack(training), numbers)
+
+# %% ../nbs/32_trainer.ipynb #c88b0ced
+def _stop(run, reason, step, scores, codes):
+    "Leave what is known about a step that went wrong, and raise `NotFinite`."
+    dump = run.path / f"not_finite_step_{step}{f'_rank_{rank()}' if world_size() > 1 else ''}.safetensors"
+    save_file({f"scores.{v}": s.contiguous() for v, s in enumerate(scores)} | {"codes": codes.contiguous()}, dump)
+    kept = [f"step_{step:08d}" for step in saved_steps(run.checkpoints)] or ["none yet"]
+    raise NotFinite(f"{reason}; scores and codes are in {dump.name}, the last good checkpoint is {kept[-1]}. "
+                    "Lower peak_rate or raise epsilon, in a new run_dir.", scores, codes) from None
+
+# %% ../nbs/32_trainer.ipynb #5e41699a
+class RunResult(NamedTuple):
+    "What a pretraining run leaves."
+    run_dir: Path     # the folder
+    step: int         # optimizer steps taken
+    loss: float       # mean loss since the last row of metrics.jsonl but one
+    backbone: Path    # weights of the backbone, safetensors
+    bad_images: dict  # reason -> number of images that could not be used
 
 
 def pretrain(
@@ -345,48 +391,3 @@ def _continue(config, source, run, device, watchdog, manager):
     manager.wait()
     if is_main(): export_backbone(run.checkpoints, run.backbone)
     barrier()
-
-
-def _loop(config, training, batches, run, log, losses, device, watchdog, manager):
-    "Train from `training.step` to `config.steps`."
-    row, told, fresh, waited, start = {}, set(), [], 0.0, time.perf_counter()
-    augment = GpuAugment()
-    steps = range(training.step, config.steps)
-    for _ in progress(steps, desc="pretrain", every=15, note=lambda: _line(row, config)) if is_main() else steps:
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        crops = [crop.to(device, non_blocking=True) for crop in (batch[0] if config.device_colour else batch)]
-        if config.device_colour: crops = augment(crops, batch[1])
-        try: out = train_step(training, crops, config)
-        except NotFinite as error: _stop(run, str(error), training.step, error.scores, error.codes)
-        watchdog.beat(training.step)
-        fresh.append(out["loss"])
-        last = training.step == config.steps
-        log_now, save_now = (last or training.step % every == 0 for every in (config.log_every, config.checkpoint_every))
-        if not (log_now or save_now): continue
-        known = all_reduce_mean(torch.stack(fresh)).tolist()                     # here the host waits for the device
-        wrong = [step for step, loss in enumerate(known, training.step - len(known)) if not math.isfinite(loss)]
-        if wrong or not torch.isfinite(training.optimizer.gradient_norm):
-            _stop(run, f"the loss is {known[wrong[0] - training.step]} at step {wrong[0]}" if wrong else f"the gradient is not finite at step {training.step - 1} or before",
-                  training.step, [out["scores"]], out["codes"][None])
-        losses, fresh = losses + known, []
-        if log_now:
-            row = _log_row(config, training, out, losses, time.perf_counter() - start, waited, device)
-            if is_main():
-                log.log(**row)
-                for message in set(row.get("warnings", [])) - told: print(f"step {training.step}: {message}")
-            told |= set(row.get("warnings", []))
-            losses, waited, start = [], 0.0, time.perf_counter()
-        if save_now:
-            numbers = {"scaler": training.scaler.state_dict(), "losses": losses, "backbone": dataclasses.asdict(training.model.backbone.config)}
-            manager.save(training.step, pack(training), numbers)
-
-
-def _stop(run, reason, step, scores, codes):
-    "Leave what is known about a step that went wrong, and raise `NotFinite`."
-    dump = run.path / f"not_finite_step_{step}{f'_rank_{rank()}' if world_size() > 1 else ''}.safetensors"
-    save_file({f"scores.{v}": s.contiguous() for v, s in enumerate(scores)} | {"codes": codes.contiguous()}, dump)
-    kept = [f"step_{step:08d}" for step in saved_steps(run.checkpoints)] or ["none yet"]
-    raise NotFinite(f"{reason}; scores and codes are in {dump.name}, the last good checkpoint is {kept[-1]}. "
-                    "Lower peak_rate or raise epsilon, in a new run_dir.", scores, codes) from None
