@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_all', 'stateless_rng', 'did_you_mean', 'make_config', 'write_atomic', 'MetricLog', 'environment_text',
-           'project_folder', 'RunDir', 'watched', 'progress']
+           'project_folder', 'cache_folder', 'RunDir', 'watched', 'progress']
 
 # %% ../nbs/01_core.ipynb #1d95f5d5
 import dataclasses
@@ -145,11 +145,20 @@ def environment_text() -> str:
     packages = sorted({(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}.items())
     return "\n".join(lines + [f"{name}=={version}" for name, version in packages]) + "\n"
 
-# %% ../nbs/01_core.ipynb #01c6fc51
+# %% ../nbs/01_core.ipynb #5cda40cd
 def project_folder() -> Path:
     "Return the nearest folder, from the current one upwards, that holds settings.ini; else the current one."
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
+
+
+def cache_folder() -> Path:
+    "Return the folder for downloads and copies: $SEER_NB_CACHE, else seer_nb in the platform's cache folder."
+    if own := os.environ.get("SEER_NB_CACHE"): return Path(own)
+    if sys.platform == "win32": base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
+    elif sys.platform == "darwin": base = Path.home() / "Library/Caches"
+    else: base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "seer_nb"
 
 
 class RunDir:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VISSL_224', 'VISSL_384', 'TIMM_224', 'WARP_384', 'PARAMETERS', 'FEATURES', 'SEER_LICENCE', 'README', 'MODEL_ZOO',
            'TIMM', 'VISSL_URL', 'SEER', 'BASELINES', 'HUB', 'COPIES', 'ZOO', 'CHUNK', 'NETWORK', 'ImageRecipe',
-           'HeadShape', 'Score', 'PublicFile', 'zoo_row', 'zoo_table', 'cache_folder', 'file_place', 'download', 'main']
+           'HeadShape', 'Score', 'PublicFile', 'zoo_row', 'zoo_table', 'file_place', 'download', 'main']
 
-# %% ../nbs/18_zoo.ipynb #d02933b0
+# %% ../nbs/18_zoo.ipynb #ad124494
 import argparse
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from .core import did_you_mean, progress, write_atomic
+from .core import cache_folder, did_you_mean, progress, write_atomic
 
 # %% ../nbs/18_zoo.ipynb #f61591a9
 class ImageRecipe(NamedTuple):
@@ -268,16 +268,7 @@ def _size(n) -> str:
         n /= 1000
     return f"{n:.3g} GB"
 
-# %% ../nbs/18_zoo.ipynb #209869d5
-def cache_folder() -> Path:
-    "Return the folder for downloads: $SEER_NB_CACHE, else seer_nb in the platform's cache folder."
-    if own := os.environ.get("SEER_NB_CACHE"): return Path(own)
-    if sys.platform == "win32": base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
-    elif sys.platform == "darwin": base = Path.home() / "Library/Caches"
-    else: base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "seer_nb"
-
-
+# %% ../nbs/18_zoo.ipynb #0fa86447
 def file_place(
     url: str,     # http or https
     folder=None,  # instead of the cache folder

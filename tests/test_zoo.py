@@ -14,7 +14,8 @@ import torch
 from seer_nb import zoo
 from seer_nb.regnet import REGNETY, count_parameters, regnety
 from seer_nb.swav import SwAVHead
-from seer_nb.zoo import BASELINES, COPIES, SEER, ZOO, cache_folder, download, file_place, main, zoo_row, zoo_table
+from seer_nb.core import cache_folder
+from seer_nb.zoo import BASELINES, COPIES, SEER, ZOO, download, file_place, main, zoo_row, zoo_table
 
 CONTENT = bytes(range(256)) * 12_000          # three MiB, nearly
 OTHER = CONTENT[::-1]
