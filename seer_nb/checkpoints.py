@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'write_safetensors', 'Piece', 'as_piece', 'owned', 'write_s
            'lock_folder', 'unlock', 'sweep', 'begin', 'publish', 'outdated', 'prune', 'CheckpointManager',
            'export_backbone']
 
-# %% ../nbs/42_checkpoints.ipynb #30a0df96
+# %% ../nbs/42_checkpoints.ipynb #36da5709
 import contextlib
 import dataclasses
 import errno
@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
 from .regnet import RegNetY, config_from_dict
-from .weights import FORMAT, check_state
+from .weights import backbone_metadata, check_state
 
 # %% ../nbs/42_checkpoints.ipynb #2b0d0d54
 DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -583,7 +583,7 @@ class CheckpointManager:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): return f"{self.root} cannot be written ({error.strerror or error}); {rest}"
         return f"the disk of {self.root} is full: {self.last['bytes'] / 2**20:,.1f} MiB needed, {shutil.disk_usage(self.root).free / 2**20:,.1f} MiB free; {rest}"
 
-# %% ../nbs/42_checkpoints.ipynb #d5c587d3
+# %% ../nbs/42_checkpoints.ipynb #a34ba543
 def export_backbone(
     source,         # a checkpoint, or a folder of checkpoints: then the newest good one
     path,           # file to write, usually backbone.safetensors; its folder is made if missing
@@ -606,8 +606,7 @@ def export_backbone(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        about = {"version": 1, "config": dataclasses.asdict(config)}
-        write_safetensors(temporary, layout, lambda name: found.tensors[prefix + name], {FORMAT: json.dumps(about)})
+        write_safetensors(temporary, layout, lambda name: found.tensors[prefix + name], backbone_metadata(config))
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
     return path

@@ -8,7 +8,7 @@ import torch
 
 from seer_nb.evaluate.tasks import weights_hash
 from seer_nb.regnet import AnyNetConfig, RegNetY, init_weights, regnety
-from seer_nb.streaming import StreamedBackbone, main, measure, units, write_random
+from seer_nb.streaming import StreamedBackbone, forward_parts, main, measure, write_random
 from seer_nb.weights import convert_state, load_backbone, save_backbone
 
 torch.set_num_threads(1)
@@ -138,5 +138,5 @@ def test_a_limit_that_the_whole_network_does_not_fit_in(tmp_path):
 
 def test_units_are_the_whole_network():
     with torch.device("meta"): model = regnety("regnety_10b")
-    names = [f"{unit}.{name}" for unit, module in units(model) for name in module.state_dict()]
+    names = [f"{unit}.{name}" for unit, module in forward_parts(model) for name in module.state_dict()]
     assert names == list(model.state_dict())
