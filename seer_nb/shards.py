@@ -158,7 +158,7 @@ def _key(
     "Return a file name for what is kept of a shard; a key after a question mark does not count."
     return hashlib.sha256(os.fsencode(url.partition("?")[0] if "://" in url else os.path.abspath(url)) + mark).hexdigest()[:32]
 
-# %% ../nbs/13_shards.ipynb #76d9d661
+# %% ../nbs/13_shards.ipynb #6e03f7eb
 _ROW = {"offset": "<i8", "size": "<i8"}
 
 
@@ -207,7 +207,8 @@ def _keep_index(rows, length, mark, path):
     np.save(file, rows)
     try: write_atomic(path, file.getvalue())
     except OSError: return rows                              # no place to keep it: it stays in memory
-    return _read_index(path)
+    kept = _read_index(path)
+    return rows if kept is None else kept
 
 # %% ../nbs/13_shards.ipynb #1367699d
 def _fetch(

@@ -591,7 +591,7 @@ def describe(
     about = f"{network_name(checkpoint.config)} ({count / 1e6:,.1f} M parameters, {' and '.join(types)}{cast})"
     return "; ".join([f"{about} from {checkpoint.path.name}: {checkpoint.kind}, names of {checkpoint.layout}", *parts])
 
-# %% ../nbs/21_weights.ipynb #8cb4e5fc
+# %% ../nbs/21_weights.ipynb #653173b5
 def _check_dtype(dtype):
     if not (dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise ValueError(f"dtype must be a floating type, got {dtype}")
 
@@ -599,9 +599,8 @@ def _check_dtype(dtype):
 def _filled(module, entries, device, dtype):
     "Give a module on the meta device its tensors, one by one, and return it in evaluation mode; absent counters become 0."
     state = {name: torch.tensor(0, device=device) for name in module.state_dict() if name.endswith("num_batches_tracked")}
-    for name, entry in entries.items():
-        tensor = entry.read()
-        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    for name, entry in entries.items():                      # no variable holds what was read while the next one is
+        state[name] = entry.read().to(device, dtype if entry.dtype.is_floating_point else None)
     module.load_state_dict(state, assign=True)
     return module.eval()
 

@@ -237,6 +237,13 @@ def test_an_index_that_vanishes_or_shrinks_while_it_is_used(tmp_path, cache):
     assert pickle.loads(pickle.dumps(source))[1] is not None
 
 
+def test_an_index_that_cannot_be_read_back_stays_in_memory(tmp_path, cache, monkeypatch):
+    def refuse(path): raise SystemError("AST constructor recursion depth mismatch")      # Python 3.11.0 to 3.11.7, in threads: CPython issue 106905
+    monkeypatch.setattr(shards, "Rows", type("Rows", (), {"__init__": lambda self, path: refuse(path)}))
+    source = open_shards(make(tmp_path / "data"))
+    assert values(source) == list(range(19)) and values(pickle.loads(pickle.dumps(source))) == list(range(19))
+
+
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 def test_patterns(tmp_path, monkeypatch):
