@@ -6,9 +6,10 @@
 __all__ = ['RATIO', 'ATTEMPTS', 'MEAN', 'STD', 'fit_boxes', 'CropPlan', 'draw_plan', 'render_plain', 'render_fast', 'MultiCrop',
            'normalize', 'Colours', 'collate_crops', 'init_worker', 'GpuAugment']
 
-# %% ../nbs/12_multicrop.ipynb #e856c286
+# %% ../nbs/12_multicrop.ipynb #b65b25d6
 import functools
 import math
+import signal
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -267,7 +268,7 @@ def normalize(
     scale = 1 / (torch.tensor(STD, device=images.device).view(3, 1, 1) * 255)
     return images.float().sub_(mean).mul_(scale).to(dtype)
 
-# %% ../nbs/12_multicrop.ipynb #73e4c67c
+# %% ../nbs/12_multicrop.ipynb #ff13185c
 class Colours(NamedTuple):
     "What is still to be done to V batches of B crops; on the CPU, because `GpuAugment` must know it without asking the device."
     flip: torch.Tensor    # bool [V, B]
@@ -294,9 +295,12 @@ def collate_crops(
 def init_worker(
     worker_id: int = 0,  # given by the loader, not used
 ):
-    "Make a loader's worker process use one thread: its `worker_init_fn`."
+    "Make a loader's worker process use one thread, and leave what a scheduler's signal means to the main process, which ends its workers itself: their `worker_init_fn`."
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    if torch.utils.data.get_worker_info() is None: return        # called in the main process
+    for name in ("SIGTERM", "SIGUSR2"):
+        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 # %% ../nbs/12_multicrop.ipynb #913cdb94
 def _levels(x: torch.Tensor) -> torch.Tensor: return (x + 0.5).floor_().clamp_(0, 255)

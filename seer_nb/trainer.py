@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'PEAKS', 'PretrainConfig', 'Training', 'build_training', 'NotFinite', 'train_step', 'build_loader', 'pack',
-           'training_flops', 'RunResult', 'pretrain']
+           'training_flops', 'RunResult', 'Preempted', 'pretrain']
 
-# %% ../nbs/32_trainer.ipynb #233101b7
+# %% ../nbs/32_trainer.ipynb #5e96dbb6
 import dataclasses
 import functools
 import json
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from .checkpoints import CheckpointManager, Piece, export_backbone, saved_steps
 from .core import MetricLog, RunDir, progress
-from .distributed import Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, sync_batch_norm, world_group, world_size
+from .distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, sync_batch_norm, world_group, world_size
 from .images import Samples, SmallCopies, bad_image_report, guarded, open_images
 from .larc import LARC, warmup_cosine
 from .multicrop import GpuAugment, MultiCrop, collate_crops, init_worker, normalize
@@ -295,9 +295,9 @@ def _line(row, config):
     return (f"loss {row['loss']:.3f} (ln K {math.log(config.n_prototypes):.3f}), prototypes in use {row['prototype_usage']:.0%}, rate {row['learning_rate']:.3g}, "
             f"gradient {row['gradient_norm']:.2g}, {row['images_per_s']:.0f} images/s, {row['tflops']:.2g} TFLOP/s{mfu}, {row['memory_gib']:.1f} GiB, waiting {row['data_wait']:.0%}")
 
-# %% ../nbs/32_trainer.ipynb #c702f21d
-def _loop(config, training, batches, run, log, losses, device, watchdog, manager):
-    "Train from `training.step` to `config.steps`."
+# %% ../nbs/32_trainer.ipynb #d051aa1e
+def _loop(config, training, batches, run, log, losses, device, watchdog, manager, request):
+    "Train from `training.step` to `config.steps`, or to the step after which all ranks know that they are told to stop."
     row, told, fresh, waited, start = {}, set(), [], 0.0, time.perf_counter()
     augment = GpuAugment()
     steps = range(training.step, config.steps)
@@ -311,9 +311,9 @@ def _loop(config, training, batches, run, log, losses, device, watchdog, manager
         except NotFinite as error: _stop(run, str(error), training.step, error.scores, error.codes)
         watchdog.beat(training.step)
         fresh.append(out["loss"])
-        last = training.step == config.steps
+        last, told_to_stop = training.step == config.steps, request.agreed()
         log_now, save_now = (last or training.step % every == 0 for every in (config.log_every, config.checkpoint_every))
-        if not (log_now or save_now): continue
+        if not (log_now or save_now or told_to_stop): continue
         known = all_reduce_mean(torch.stack(fresh)).tolist()                     # here the host waits for the device
         wrong = [step for step, loss in enumerate(known, training.step - len(known)) if not math.isfinite(loss)]
         if wrong or not torch.isfinite(training.optimizer.gradient_norm):
@@ -327,9 +327,10 @@ def _loop(config, training, batches, run, log, losses, device, watchdog, manager
                 for message in set(row.get("warnings", [])) - told: print(f"step {training.step}: {message}")
             told |= set(row.get("warnings", []))
             losses, waited, start = [], 0.0, time.perf_counter()
-        if save_now:
+        if save_now or told_to_stop:
             numbers = {"scaler": training.scaler.state_dict(), "losses": losses, "backbone": dataclasses.asdict(training.model.backbone.config)}
             manager.save(training.step, pack(training), numbers)
+        if told_to_stop: return
 
 # %% ../nbs/32_trainer.ipynb #c88b0ced
 def _stop(run, reason, step, scores, codes):
@@ -340,7 +341,7 @@ def _stop(run, reason, step, scores, codes):
     raise NotFinite(f"{reason}; scores and codes are in {dump.name}, the last good checkpoint is {kept[-1]}. "
                     "Lower peak_rate or raise epsilon, in a new run_dir.", scores, codes) from None
 
-# %% ../nbs/32_trainer.ipynb #5e41699a
+# %% ../nbs/32_trainer.ipynb #dbf85701
 class RunResult(NamedTuple):
     "What a pretraining run leaves."
     run_dir: Path     # the folder
@@ -350,13 +351,18 @@ class RunResult(NamedTuple):
     bad_images: dict  # reason -> number of images that could not be used
 
 
+class Preempted(RuntimeError):
+    "The run was told to stop before its end, and has saved its state; the same call goes on."
+
+
 def pretrain(
     config: PretrainConfig,  # the run
 ) -> RunResult:
     """Pretrain a backbone with SwAV, or continue the run in `config.run_dir`; the same call on one process and on every rank of many.
 
     Leaves `params.yaml`, `environment.txt`, `metrics.jsonl`, `checkpoints/`, `bad_images.jsonl` (if any) and `backbone.safetensors`.
-    Raises `FileNotFoundError` or `ValueError` before anything is written if there are no images, and `NotFinite` if the loss stops being a number.
+    Raises `FileNotFoundError` or `ValueError` before anything is written if there are no images, `NotFinite` if the loss stops being a number, and
+    `Preempted` within two steps of SIGTERM or SIGUSR2 on any rank, when a checkpoint is written.
     """
     device = setup(config.device, config.timeout)
     source = config.source()
@@ -367,15 +373,17 @@ def pretrain(
         threads = torch.get_num_threads()
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(max(1, (os.cpu_count() or 1) - config.workers))
         try:
-            with Watchdog(run.path / "ranks", min(60.0, config.timeout), config.timeout) as watchdog, CheckpointManager(run.checkpoints, config.keep, config.keep_every) as manager:
-                _continue(config, source, run, device, watchdog, manager)
+            with (StopRequest() as request, Watchdog(run.path / "ranks", min(60.0, config.timeout), config.timeout) as watchdog,
+                  CheckpointManager(run.checkpoints, config.keep, config.keep_every) as manager):
+                step = _continue(config, source, run, device, watchdog, manager, request)
         finally: torch.set_num_threads(threads)
+        if step < config.steps: raise Preempted(f"told to stop; step {step} of {config.steps} is saved, and the same call goes on from there: run_dir {run.path}")
     rows = MetricLog(run.metrics).rows()
     return RunResult(run.path, config.steps, rows[-1]["loss"] if rows else math.nan, run.backbone, bad_image_report(run.bad_images))
 
 
-def _continue(config, source, run, device, watchdog, manager):
-    "Take a run from its newest checkpoint, or from its start, to its end."
+def _continue(config, source, run, device, watchdog, manager, request):
+    "Take a run from its newest checkpoint, or from its start, to its end or until it is told to stop, and return the step."
     training, losses = build_training(config, device), []
     found = manager.load()
     if found:
@@ -387,7 +395,8 @@ def _continue(config, source, run, device, watchdog, manager):
     if is_main(): log.cut(training.step)
     if training.step < config.steps:
         loader = build_loader(config, source, training.step, run.bad_images, pin_memory=device.type == "cuda")
-        with guarded(loader) as batches: _loop(config, training, batches, run, log, losses, device, watchdog, manager)
+        with guarded(loader) as batches: _loop(config, training, batches, run, log, losses, device, watchdog, manager, request)
     manager.wait()
-    if is_main(): export_backbone(run.checkpoints, run.backbone)
+    if training.step == config.steps and is_main(): export_backbone(run.checkpoints, run.backbone)
     barrier()
+    return training.step

@@ -81,6 +81,33 @@ def killed_at(settings, step):
     trainer.pretrain(trainer.PretrainConfig(**settings))
 
 
+def told_at(settings, step, name):
+    import os
+    import signal
+    import seer_nb.trainer as trainer
+    from seer_nb.distributed import rank
+    plain = trainer.train_step
+    def told(training, *args):
+        if training.step == step and rank() == 1: os.kill(os.getpid(), getattr(signal, name))
+        return plain(training, *args)
+    trainer.train_step = told
+    try: trainer.pretrain(trainer.PretrainConfig(**settings))
+    except trainer.Preempted as error: return str(error)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_all_ranks_stop_at_the_same_step_and_go_on_with_the_same_bits(tmp_path, name):
+    "One rank is told in step 1 (from 0): both leave at the same step, saved; then the run ends as if nothing had been."
+    straight, config = dataclasses.replace(RUN, run_dir=str(tmp_path / "straight"), steps=6), dataclasses.replace(RUN, run_dir=str(tmp_path / "run"), steps=6)
+    ranks(2, straight)
+    said = run_ranks(told_at, 2, dataclasses.asdict(config), 1, name, timeout=120)
+    assert said[0] == said[1] and "step 3 of 6 is saved" in said[0]
+    assert load_newest(tmp_path / "run/checkpoints").step == 3 and not (tmp_path / "run/backbone.safetensors").exists()
+    ranks(2, config)
+    assert (tmp_path / "run/backbone.safetensors").read_bytes() == (tmp_path / "straight/backbone.safetensors").read_bytes()
+    assert losses(tmp_path / "run").tolist() == losses(tmp_path / "straight").tolist()
+
+
 def one_rank(settings, step, how):
     import os
     import signal

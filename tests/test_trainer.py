@@ -70,6 +70,18 @@ def test_kill_9_at_random_moments(tmp_path, uninterrupted):
     assert rows[0] == rows[1]
 
 
+def test_a_warning_to_the_whole_job_is_heard_by_the_main_process_alone(tmp_path):
+    "Slurm signals every process of a job, loader workers too."
+    config = dataclasses.replace(SMALL, run_dir=str(tmp_path), steps=10**6, workers=2, log_every=1, checkpoint_every=10**6)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(config))], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None: time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Preempted: told to stop; step " in said and "LoaderFault" not in said, said
+    assert f"step {load_newest(tmp_path / 'checkpoints').step} of 1000000 is saved" in said
+
+
 def test_number_of_workers_changes_nothing(tmp_path, uninterrupted):
     pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path), workers=2))
     assert weights(tmp_path) == weights(uninterrupted)
