@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BATCH_NORM', 'NO_CUTS', 'CUTS_10B', 'PER_TENSOR', 'DTYPES', 'meta_swav', 'BlockBytes', 'activation_bytes',
            'fixed_running_statistics', 'CheckpointedStage', 'complete_cuts', 'checkpoint_stages', 'plan_checkpoints',
-           'cuts_of', 'peak_activations', 'best_cuts', 'units', 'unit_sizes', 'materialize', 'shard', 'PaddedSwAV',
-           'MemoryPlan', 'memory_plan']
+           'cuts_of', 'peak_activations', 'best_cuts', 'units', 'unit_sizes', 'materialize', 'rank_mesh', 'shard',
+           'PaddedSwAV', 'MemoryPlan', 'memory_plan']
 
-# %% ../nbs/41_sharding.ipynb #c7656257
+# %% ../nbs/41_sharding.ipynb #b6c7831c
 import contextlib
 import functools
 import hashlib
@@ -230,7 +230,7 @@ def unit_sizes(
         sizes[name], taken = sum(p.numel() for p in own), taken | own
     return sizes
 
-# %% ../nbs/41_sharding.ipynb #f800c395
+# %% ../nbs/41_sharding.ipynb #a52d9a53
 def _draw(module, seed, device, prefix=""):
     "Give every layer of `module` that is on the meta device its memory and first weights."
     for name, layer in module.named_modules(prefix=prefix):
@@ -252,17 +252,19 @@ def materialize(
     model.head.normalize_prototypes()
     return model
 
-# %% ../nbs/41_sharding.ipynb #e256c9a7
+# %% ../nbs/41_sharding.ipynb #9f131611
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _all_ranks():
-    "Return the mesh of all ranks; alone, of this process."
-    cuda = torch.cuda.is_available()
+def rank_mesh(
+    device: str = "auto",  # auto, cpu or cuda: where the ranks compute
+):
+    "Return the mesh of all ranks; alone, of this process. Raises `RuntimeError` on one of several ranks that has not called `setup`."
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     if not dist.is_initialized():
         if find_place().world_size > 1: raise RuntimeError("this process is one of several ranks: call seer_nb.distributed.setup() before shard()")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh("cuda" if cuda else "cpu", (dist.get_world_size(),))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device, (dist.get_world_size(),))
 
 
 def shard(
@@ -282,7 +284,7 @@ def shard(
     Raises `RuntimeError` on one of several ranks that has not called `setup`, `ValueError` for another type.
     """
     if dtype not in DTYPES.values(): raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    mesh = mesh or _all_ranks()
+    mesh = mesh or rank_mesh()
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDP.*SwAV. returned a view", UserWarning)   # the scores are chunks of one tensor; nothing changes them in place
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32)

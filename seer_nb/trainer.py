@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'PEAKS', 'PretrainConfig', 'Training', 'build_training', 'NotFinite', 'train_step', 'build_loader', 'pack',
            'training_flops', 'RunResult', 'Preempted', 'pretrain']
 
-# %% ../nbs/32_trainer.ipynb #5e96dbb6
+# %% ../nbs/32_trainer.ipynb #8bde5826
 import dataclasses
 import functools
 import json
@@ -18,21 +18,20 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
 
 from .checkpoints import CheckpointManager, Piece, export_backbone, saved_steps
 from .core import MetricLog, RunDir, progress
-from .distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, sync_batch_norm, world_group, world_size
+from .distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_group, world_size
 from .images import Samples, SmallCopies, bad_image_report, guarded, open_images
 from .larc import LARC, warmup_cosine
 from .multicrop import GpuAugment, MultiCrop, collate_crops, init_worker, normalize
 from .regnet import REGNETY, Block, count_macs
-from .sharding import PaddedSwAV, checkpoint_stages, complete_cuts, fixed_running_statistics, materialize, meta_swav, shard
+from .sharding import PaddedSwAV, checkpoint_stages, complete_cuts, fixed_running_statistics, materialize, meta_swav, rank_mesh, shard
 from .shards import sampler_for
 from .streaming import peak_memory
 from .swav import Queue, SwAV, collapse_metrics, diagnose, swapped_prediction, swav_codes
 
-# %% ../nbs/32_trainer.ipynb #8c8bf108
+# %% ../nbs/32_trainer.ipynb #c09f7fd8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,14 +83,16 @@ class PretrainConfig:
     compile: bool = False          # torch.compile the backbone
     norm_group: int = 0            # ranks that share BatchNorm's statistics; 0: all; SEER-10B 8
     cuts: str = ""                 # ends of the parts computed again in the backward pass, e.g. [[2],[7],[9,17],[]] (SEER-10B); empty: none
-    reshard: bool = True           # many ranks: free gathered weights after the forward pass
-    reduce_precision: str = "fp32"  # many ranks: of gradients on their way; SEER-10B fp16
-    offload: bool = False          # many ranks: weights, gradients and momentum in host memory
+    sharded: bool = False          # split weights, gather them unit by unit (FSDP2); many ranks always do, one does if this or offload is true
+    reshard: bool = True           # sharded: free gathered weights after the forward pass
+    reduce_precision: str = "fp32"  # sharded: of gradients on their way; SEER-10B fp16
+    offload: bool = False          # sharded: weights, gradients and momentum in host memory
     padded: bool = False           # all crops in one pass, small ones padded, as VISSL's sharded trunk
     device_colour: bool = False    # colour and blur on the device, after the workers' crops
     workers: int = 0               # processes that load images, per rank
     timeout: float = 600.0         # seconds after which a late rank ends the run, with its name
     log_every: int = 5             # steps between two rows of metrics.jsonl
+    tensorboard: bool = False      # write the rows for TensorBoard as well, into tensorboard/
     checkpoint_every: int = 10     # steps; SEER-10B 100
     keep: int = 2                  # newest checkpoints kept, at least 2
     keep_every: int = 0            # checkpoints at multiples of this step stay as well; 0: none
@@ -133,7 +134,7 @@ class PretrainConfig:
         return MultiCrop(self.n_large, self.n_small, self.large_size, self.small_size, (self.min_large, 1.0), (self.min_small, self.max_small),
                          strength=self.strength, sigma=(min(0.1, self.max_blur), self.max_blur), on_device=self.device_colour)
 
-# %% ../nbs/32_trainer.ipynb #74f17935
+# %% ../nbs/32_trainer.ipynb #e544e85c
 @dataclasses.dataclass
 class Training:
     "The parts of a run that change as it learns."
@@ -159,15 +160,15 @@ def build_training(
     if config.padded: model = PaddedSwAV(model.backbone, model.head)
     if config.cuts: checkpoint_stages(model, config.parts())
     sync_batch_norm(model, config.norm_group)
-    if world_size() > 1:
-        mesh = init_device_mesh(device.type, (world_size(),))
-        shard(model, mesh, dtype=DTYPES[config.precision], reduce_dtype=DTYPES[config.reduce_precision], reshard_after_forward=config.reshard,
+    sharded = world_size() > 1 or config.sharded or config.offload
+    if sharded:
+        shard(model, rank_mesh(device.type), dtype=DTYPES[config.precision], reduce_dtype=DTYPES[config.reduce_precision], reshard_after_forward=config.reshard,
               offload=config.offload, seed=config.seed)
     else:
         materialize(model, config.seed, device)
         if config.channels_last: model = model.to(memory_format=torch.channels_last)
     if config.compile:                                           # one program per crop size, not one for any size
-        for part in [m for m in model.modules() if isinstance(m, Block)] if world_size() > 1 else [model.backbone]: part.compile(dynamic=False)
+        for part in [m for m in model.modules() if isinstance(m, Block)] if sharded else [model.backbone]: part.compile(dynamic=False)
     optimizer = LARC(model.parameters(), config.rate(0), config.momentum, config.weight_decay, config.trust_coefficient)
     for p in model.parameters(): optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)     # from the start, so that a checkpoint has one form
     queue = Queue(_share(config.queue_length, "queue_length"), config.out_features, config.n_large).to(device) if config.queue_length else None
@@ -271,7 +272,7 @@ def training_flops(
     head = sum(p.numel() for p in model.head.parameters() if p.ndim == 2)
     return 6 * sum(n * (count_macs(model.backbone, size) + head) for size, n in sizes.items())
 
-# %% ../nbs/32_trainer.ipynb #6af2a692
+# %% ../nbs/32_trainer.ipynb #ec7fc09a
 def _log_row(config, training, out, losses, seconds, waited, device):
     "Make a row of metrics.jsonl."
     loss = sum(losses) / len(losses)
@@ -295,8 +296,28 @@ def _line(row, config):
     return (f"loss {row['loss']:.3f} (ln K {math.log(config.n_prototypes):.3f}), prototypes in use {row['prototype_usage']:.0%}, rate {row['learning_rate']:.3g}, "
             f"gradient {row['gradient_norm']:.2g}, {row['images_per_s']:.0f} images/s, {row['tflops']:.2g} TFLOP/s{mfu}, {row['memory_gib']:.1f} GiB, waiting {row['data_wait']:.0%}")
 
-# %% ../nbs/32_trainer.ipynb #d051aa1e
-def _loop(config, training, batches, run, log, losses, device, watchdog, manager, request):
+
+def _recorder(config, run, step):
+    "Return the function that keeps a row; rows after `step`, of an earlier attempt, are dropped."
+    log = MetricLog(run.metrics)
+    log.cut(step)
+    if not config.tensorboard: return lambda row: log.log(**row)
+    writer = _summary_writer()(run.path / "tensorboard", purge_step=step + 1)
+    def record(row):
+        log.log(**row)
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step": writer.add_scalar(name, value, row["step"])
+        writer.flush()
+    return record
+
+
+def _summary_writer():
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise ImportError("tensorboard: true needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter
+
+# %% ../nbs/32_trainer.ipynb #ea54395c
+def _loop(config, training, batches, run, record, losses, device, watchdog, manager, request):
     "Train from `training.step` to `config.steps`, or to the step after which all ranks know that they are told to stop."
     row, told, fresh, waited, start = {}, set(), [], 0.0, time.perf_counter()
     augment = GpuAugment()
@@ -323,7 +344,7 @@ def _loop(config, training, batches, run, log, losses, device, watchdog, manager
         if log_now:
             row = _log_row(config, training, out, losses, time.perf_counter() - start, waited, device)
             if is_main():
-                log.log(**row)
+                record(row)
                 for message in set(row.get("warnings", [])) - told: print(f"step {training.step}: {message}")
             told |= set(row.get("warnings", []))
             losses, waited, start = [], 0.0, time.perf_counter()
@@ -341,7 +362,7 @@ def _stop(run, reason, step, scores, codes):
     raise NotFinite(f"{reason}; scores and codes are in {dump.name}, the last good checkpoint is {kept[-1]}. "
                     "Lower peak_rate or raise epsilon, in a new run_dir.", scores, codes) from None
 
-# %% ../nbs/32_trainer.ipynb #dbf85701
+# %% ../nbs/32_trainer.ipynb #4a4cb0c3
 class RunResult(NamedTuple):
     "What a pretraining run leaves."
     run_dir: Path     # the folder
@@ -360,10 +381,11 @@ def pretrain(
 ) -> RunResult:
     """Pretrain a backbone with SwAV, or continue the run in `config.run_dir`; the same call on one process and on every rank of many.
 
-    Leaves `params.yaml`, `environment.txt`, `metrics.jsonl`, `checkpoints/`, `bad_images.jsonl` (if any) and `backbone.safetensors`.
+    Leaves `params.yaml`, `environment.txt`, `metrics.jsonl`, `checkpoints/`, `bad_images.jsonl` (if any), `tensorboard/` (if asked for) and `backbone.safetensors`.
     Raises `FileNotFoundError` or `ValueError` before anything is written if there are no images, `NotFinite` if the loss stops being a number, and
     `Preempted` within two steps of SIGTERM or SIGUSR2 on any rank, when a checkpoint is written.
     """
+    if config.tensorboard: _summary_writer()
     device = setup(config.device, config.timeout)
     source = config.source()
     run = RunDir(gather_json(str(RunDir(config.run_dir, "pretrain").path) if is_main() else "")[0])
@@ -376,7 +398,9 @@ def pretrain(
             with (StopRequest() as request, Watchdog(run.path / "ranks", min(60.0, config.timeout), config.timeout) as watchdog,
                   CheckpointManager(run.checkpoints, config.keep, config.keep_every) as manager):
                 step = _continue(config, source, run, device, watchdog, manager, request)
-        finally: torch.set_num_threads(threads)
+        finally:
+            torch.set_num_threads(threads)
+            if world_size() == 1: shutdown()                                     # the group of one that `sharded` makes
         if step < config.steps: raise Preempted(f"told to stop; step {step} of {config.steps} is saved, and the same call goes on from there: run_dir {run.path}")
     rows = MetricLog(run.metrics).rows()
     return RunResult(run.path, config.steps, rows[-1]["loss"] if rows else math.nan, run.backbone, bad_image_report(run.bad_images))
@@ -391,11 +415,10 @@ def _continue(config, source, run, device, watchdog, manager, request):
         training.step, losses = found.step, found.numbers["losses"]
         training.scaler.load_state_dict(found.numbers["scaler"])
         if is_main(): print(f"continuing at step {training.step} of {config.steps}")
-    log = MetricLog(run.metrics)
-    if is_main(): log.cut(training.step)
+    record = _recorder(config, run, training.step) if is_main() else None
     if training.step < config.steps:
         loader = build_loader(config, source, training.step, run.bad_images, pin_memory=device.type == "cuda")
-        with guarded(loader) as batches: _loop(config, training, batches, run, log, losses, device, watchdog, manager, request)
+        with guarded(loader) as batches: _loop(config, training, batches, run, record, losses, device, watchdog, manager, request)
     manager.wait()
     if training.step == config.steps and is_main(): export_backbone(run.checkpoints, run.backbone)
     barrier()

@@ -11,10 +11,11 @@ import time
 import pytest
 import torch
 
+from seer_nb import trainer
 from seer_nb.core import MetricLog
 from seer_nb.checkpoints import load_newest
 from seer_nb.larc import LARC
-from seer_nb.trainer import NotFinite, PretrainConfig, build_loader, pretrain
+from seer_nb.trainer import NotFinite, Preempted, PretrainConfig, build_loader, pretrain
 from seer_nb.images import open_images
 
 SMALL = PretrainConfig(images="toyworld:64", batch_size=8, steps=12, n_small=1, large_size=32, small_size=32, n_prototypes=10, queue_length=16, queue_start=3,
@@ -139,6 +140,47 @@ def test_bad_images_are_counted_and_skipped(tmp_path):
     (tmp_path / "none.png").write_bytes(b"")
     result = pretrain(dataclasses.replace(SMALL, images=str(tmp_path), run_dir=str(tmp_path / "run"), steps=4))
     assert result.bad_images == {"corrupt": 1, "empty": 1}
+
+
+def test_tensorboard_shows_the_rows(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    config = dataclasses.replace(SMALL, run_dir=str(tmp_path), steps=4, tensorboard=True)
+    pretrain(config)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = MetricLog(tmp_path / "metrics.jsonl").rows()
+    for name in ("loss", "learning_rate", "prototype_usage", "images_per_s", "data_wait"):
+        shown = events.Scalars(name)
+        assert [e.step for e in shown] == [row["step"] for row in rows] == [2, 4]
+        torch.testing.assert_close(torch.tensor([e.value for e in shown]), torch.tensor([row[name] for row in rows]))
+
+
+def test_tensorboard_is_missed_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"): pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path / "run"), tensorboard=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(sharded=True), dict(offload=True), dict(sharded=True, precision="fp16")], ids=str)
+def test_one_process_that_splits_its_weights(tmp_path, changes, uninterrupted):
+    "The same arithmetic; stopped after six of twelve steps it goes on with the same bits."
+    pretrain(dataclasses.replace(SMALL, run_dir=str(tmp_path / "run"), **changes))
+    assert not torch.distributed.is_initialized()
+    first, whole = (MetricLog(folder / "metrics.jsonl").rows()[0] for folder in (tmp_path / "run", uninterrupted))
+    if "precision" not in changes: assert first["loss"] == pytest.approx(whole["loss"], abs=1e-4)      # fp16 skips steps until the loss scale fits
+    part = dataclasses.replace(SMALL, run_dir=str(tmp_path / "part"), **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", told_after(6))
+        with pytest.raises(Preempted): pretrain(part)
+    pretrain(part)
+    assert weights(tmp_path / "part") == weights(tmp_path / "run")
+
+
+def told_after(step):
+    plain = trainer.train_step
+    def told(training, *args):
+        if training.step == step: os.kill(os.getpid(), signal.SIGTERM)
+        return plain(training, *args)
+    return told
 
 
 @pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(channels_last=False), dict(accumulate=2), dict(n_large=1, n_small=1), dict(head_depth=0)])
