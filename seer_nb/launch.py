@@ -92,12 +92,13 @@ def check_run(
         open_images(params["images"])
     return config
 
-# %% ../nbs/43_launch.ipynb #d6d523c2
+# %% ../nbs/43_launch.ipynb #cef99a73
 _LISTEN = """
-import signal
-numbers = [signal.SIGTERM, signal.SIGUSR2]
-for number in numbers: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))   # between cells a kernel does not hear SIGINT
-signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+import signal, sys
+def stop(number, frame):
+    if sys.exc_info()[0] is None: signal.raise_signal(signal.SIGINT)    # not while the cell already ends with an error; between cells a kernel does not hear SIGINT
+for number in (signal.SIGTERM, signal.SIGUSR2): signal.signal(number, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2])
 """
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}   # bytes; read by glibc when a process starts
 
@@ -136,7 +137,7 @@ class _Relay:
         self.over.set()
         for number, handler in self.before.items(): signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-# %% ../nbs/43_launch.ipynb #d0b9c5ca
+# %% ../nbs/43_launch.ipynb #630a0db9
 class Stopped(RuntimeError):
     "The run was told to stop, or lost a rank or its kernel, before its end. Started again with the same run_dir, it goes on."
 
@@ -193,7 +194,8 @@ def run_notebook(
             papermill.execute_notebook(_no_template(notebook), _no_template(report), params, km=km, start_timeout=600,
                                        progress_bar=show and watched(), stdout_file=_Lines() if show else None)
         except papermill.PapermillExecutionError as error:
-            if error.ename not in ("Preempted", "RankLost", "KeyboardInterrupt"): raise
+            cut_short = error.ename == "CellExecutionError" and relay.heard     # told while IPython printed an error
+            if error.ename not in ("Preempted", "RankLost", "KeyboardInterrupt") and not cut_short: raise
             raise Stopped(f"{error.ename}: {error.evalue}", relay.heard) from None
         except DeadKernelError: raise Stopped(_end_of(relay.kernel), relay.heard) from None
         finally:
@@ -273,7 +275,7 @@ class Resources:
         days, hours, minutes = (int(part or 0) for part in match.groups())
         return (24 * days + hours) * 60 + minutes
 
-# %% ../nbs/43_launch.ipynb #8defbcd1
+# %% ../nbs/43_launch.ipynb #e8999ac1
 _PYTHON = f"""sh -c 'trap "" USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
 
 
@@ -287,7 +289,7 @@ def sbatch_settings(
     settings = {"job_name": name, "nodes": r.nodes, "ntasks_per_node": r.ranks // r.nodes, "cpus_per_task": r.cpus_per_rank or workers + 2, "gpus_per_node": r.gpus_per_node,
                 "time": r.minutes, "partition": r.partition, "account": r.account, "qos": r.qos, "constraint": r.constraint}
     extra = {"requeue": True} | ({"mem": r.memory} if r.memory else {})
-    return {k: v for k, v in settings.items() if v} | {"signal_delay_s": r.grace, "stderr_to_stdout": True, "additional_parameters": extra}
+    return {k: v for k, v in settings.items() if v} | {"signal_delay_s": r.grace, "stderr_to_stdout": True, "setup": ["trap '' USR2"], "additional_parameters": extra}
 
 
 def sbatch_script(

@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from seer_nb.core import MetricLog
+from seer_nb.launch import attempts, submit
 
 TOP = Path(__file__).resolve().parent.parent
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -98,14 +102,84 @@ def slurm(tmp_path_factory):
 def call(env, *words): return subprocess.run(words, env=env, capture_output=True, text=True).stdout
 
 
-def wait_until(true, seconds):
+def wait_until(true, seconds=120):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "too late"
         time.sleep(0.1)
 
 
-def test_alive(slurm):
-    env = slurm[0]
-    print(call(env, "srun", "-N2", "--ntasks-per-node=2", "sh", "-c", "echo $SLURM_PROCID $SLURM_STEP_NODELIST $SLURMD_NODENAME"))
-    print(call(env, "squeue"))
+
+# ── a pretraining that is stopped ────────────────────────────────────────────────────────────────────────────────────────────
+
+RESOURCES = {"nodes": 2, "ranks_per_node": 2, "cpus_per_rank": 1, "time": "1:00", "grace": 60}
+
+
+@pytest.fixture
+def here(slurm, monkeypatch):
+    "The environment in which sbatch finds the cluster."
+    env, *rest = slurm
+    for name, value in env.items(): monkeypatch.setenv(name, value)
+    return rest
+
+
+def lean(folder):
+    "The page on pretraining without its figures: four kernels on few cores start sooner."
+    page = nbformat.read(TOP / "nbs/33_pretrain.ipynb", 4)
+    kept = [c for c in page.cells if "parameters" in c.metadata.get("tags", []) or c.source.startswith(("config = ", "# papermill_description=pretrain"))]
+    assert len(kept) == 3
+    page.cells = [nbformat.v4.new_code_cell("import dataclasses\nfrom seer_nb.core import make_config\nfrom seer_nb.trainer import PretrainConfig, pretrain"), *kept]
+    nbformat.write(page, folder / "33_pretrain.ipynb")
+    return folder / "33_pretrain.ipynb"
+
+
+def pretrain_on_two_nodes(folder, **params):
+    run_dir = folder / "run é 1"
+    return submit(lean(folder), {"run_dir": str(run_dir), "device": "cpu", "log_every": 1, "checkpoint_every": 5, "timeout": 60.0, **params}, RESOURCES)
+
+
+def result(run_dir):
+    return (run_dir / "backbone.safetensors").read_bytes(), [row["loss"] for row in MetricLog(run_dir / "metrics.jsonl").rows()]
+
+
+def at_step(job, step):
+    "Say whether a job has come so far."
+    assert job.queued, job
+    return any(row["step"] >= step for row in MetricLog(job.run_dir / "metrics.jsonl").rows())
+
+
+@pytest.fixture(scope="module")
+def straight(slurm, tmp_path_factory):
+    "The run that nobody disturbs."
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in slurm[0].items(): patch.setenv(name, value)
+        job = pretrain_on_two_nodes(tmp_path_factory.mktemp("straight"))
+        assert job.wait(300) == "done", job
+    return job
+
+
+def test_two_nodes(straight):
+    assert {p.name for p in (straight.run_dir / "ranks").glob("*.ipynb")} == {"rank_1.ipynb", "rank_2.ipynb", "rank_3.ipynb"}
+    assert len(attempts(straight.run_dir)) == 1 and (straight.run_dir / "report.html").exists()
+
+
+def attempt_of(job):
+    "Return the number of the attempt, and do not let Slurm wait two minutes before it starts a requeued job."
+    if job.queued == "pending": subprocess.run(["scontrol", "update", f"jobid={job.id}", "StartTime=now"], capture_output=True)
+    return len(attempts(job.run_dir))
+
+
+def test_stopped_twice(here, straight, tmp_path):
+    "Warned as at a time limit, later requeued as for a job of higher priority: all ranks save, the job comes back, and ends with the same bits."
+    job = pretrain_on_two_nodes(tmp_path)
+    wait_until(lambda: at_step(job, 4))
+    subprocess.run(["scancel", "--signal=USR2", "--full", job.id], check=True)
+    wait_until(lambda: attempt_of(job) == 2 and at_step(job, 12))
+    subprocess.run(["scontrol", "requeue", job.id], check=True)
+    wait_until(lambda: attempt_of(job) == 3)
+    assert job.wait(200) == "done", job
+    first, second, third = attempts(job.run_dir)
+    for attempt in (first, second): assert attempt["outcome"] == "stopped" and attempt["reason"].startswith("Preempted: told to stop"), attempt
+    assert "continuing at step" in (job.run_dir / "report.ipynb").read_text()
+    for n in (1, 2): assert "Preempted" in (job.run_dir / f"attempts/report_{n}.ipynb").read_text()
+    assert result(job.run_dir) == result(straight.run_dir)
