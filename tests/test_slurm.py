@@ -13,7 +13,8 @@ import nbformat
 import pytest
 
 from seer_nb.core import MetricLog
-from seer_nb.launch import attempts, submit
+from seer_nb.distributed import run_ranks
+from seer_nb.launch import Resources, attempts, sbatch_script, submit
 
 TOP = Path(__file__).resolve().parent.parent
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -133,9 +134,20 @@ def lean(folder):
     return folder / "33_pretrain.ipynb"
 
 
-def pretrain_on_two_nodes(folder, **params):
-    run_dir = folder / "run é 1"
-    return submit(lean(folder), {"run_dir": str(run_dir), "device": "cpu", "log_every": 1, "checkpoint_every": 5, "timeout": 60.0, **params}, RESOURCES)
+SETTINGS = {"device": "cpu", "log_every": 1, "checkpoint_every": 5, "timeout": 60.0}
+
+
+def train(settings):
+    from seer_nb.trainer import PretrainConfig, pretrain
+    pretrain(PretrainConfig(**settings))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    "The run that nobody disturbs, without a notebook or a cluster."
+    folder = tmp_path_factory.mktemp("straight")
+    run_ranks(train, 4, {**SETTINGS, "run_dir": str(folder)}, timeout=300)
+    return folder
 
 
 def result(run_dir):
@@ -148,21 +160,6 @@ def at_step(job, step):
     return any(row["step"] >= step for row in MetricLog(job.run_dir / "metrics.jsonl").rows())
 
 
-@pytest.fixture(scope="module")
-def straight(slurm, tmp_path_factory):
-    "The run that nobody disturbs."
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in slurm[0].items(): patch.setenv(name, value)
-        job = pretrain_on_two_nodes(tmp_path_factory.mktemp("straight"))
-        assert job.wait(300) == "done", job
-    return job
-
-
-def test_two_nodes(straight):
-    assert {p.name for p in (straight.run_dir / "ranks").glob("*.ipynb")} == {"rank_1.ipynb", "rank_2.ipynb", "rank_3.ipynb"}
-    assert len(attempts(straight.run_dir)) == 1 and (straight.run_dir / "report.html").exists()
-
-
 def attempt_of(job):
     "Return the number of the attempt, and do not let Slurm wait two minutes before it starts a requeued job."
     if job.queued == "pending": subprocess.run(["scontrol", "update", f"jobid={job.id}", "StartTime=now"], capture_output=True)
@@ -171,7 +168,7 @@ def attempt_of(job):
 
 def test_stopped_twice(here, straight, tmp_path):
     "Warned as at a time limit, later requeued as for a job of higher priority: all ranks save, the job comes back, and ends with the same bits."
-    job = pretrain_on_two_nodes(tmp_path)
+    job = submit(lean(tmp_path), {**SETTINGS, "run_dir": str(tmp_path / "run é 1")}, RESOURCES)
     wait_until(lambda: at_step(job, 4))
     subprocess.run(["scancel", "--signal=USR2", "--full", job.id], check=True)
     wait_until(lambda: attempt_of(job) == 2 and at_step(job, 12))
@@ -182,4 +179,41 @@ def test_stopped_twice(here, straight, tmp_path):
     for attempt in (first, second): assert attempt["outcome"] == "stopped" and attempt["reason"].startswith("Preempted: told to stop"), attempt
     assert "continuing at step" in (job.run_dir / "report.ipynb").read_text()
     for n in (1, 2): assert "Preempted" in (job.run_dir / f"attempts/report_{n}.ipynb").read_text()
-    assert result(job.run_dir) == result(straight.run_dir)
+    assert {p.name for p in (job.run_dir / "ranks").glob("*.ipynb")} == {"rank_1.ipynb", "rank_2.ipynb", "rank_3.ipynb"}
+    assert result(job.run_dir) == result(straight)
+
+
+# ── jobs that must not come back ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def quick(folder, code):
+    parameters = nbformat.v4.new_code_cell("run_dir: str = ''", metadata={"tags": ["parameters"]})
+    head = nbformat.v4.new_code_cell("import os, time\nrank = int(os.environ['SLURM_PROCID'])\nopen(f'{run_dir}/pid_{rank}', 'w').write(str(os.getpid()))")
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, head, nbformat.v4.new_code_cell(code)], metadata={"kernelspec": kernel}), folder / "05_x.ipynb")
+    return folder / "05_x.ipynb"
+
+
+def alive(file):
+    "Say whether the process whose number a file holds runs (a zombie does not)."
+    try: return Path(f"/proc/{file.read_text()}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+def test_cancelled(here, tmp_path):
+    "scancel ends every kernel on every node, and the job stays away. What was sent is what a dry run shows."
+    resources = {**RESOURCES, "ranks_per_node": 1}
+    job = submit(quick(tmp_path, "time.sleep(600)"), {"run_dir": str(tmp_path / "run")}, resources)
+    wait_until(lambda: all((job.run_dir / f"pid_{r}").exists() for r in (0, 1)))
+    assert job.state == "running" and (job.run_dir / f"job/{job.id}_submission.sh").read_text() == sbatch_script(job.run_dir, Resources(**resources), "x")
+    job.cancel()
+    job.wait(60)
+    wait_until(lambda: not any(alive(job.run_dir / f"pid_{r}") for r in (0, 1)), 30)
+    assert len(attempts(job.run_dir)) == 1 and job.state in ("stopped", "lost")
+
+
+def test_failed(here, tmp_path):
+    "An error in a cell of one rank ends the job, though another rank was only lost."
+    job = submit(quick(tmp_path, "if rank: raise ZeroDivisionError('no luck')\nos._exit(75)"), {"run_dir": str(tmp_path / "run")}, {**RESOURCES, "ranks_per_node": 1})
+    assert job.wait(120) == "failed"
+    attempt, = attempts(job.run_dir)
+    assert attempt["reason"] == "rank 1: ZeroDivisionError: no luck"

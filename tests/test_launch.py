@@ -1,0 +1,235 @@
+"A notebook as a job: told to stop, lost, failed, cancelled; many ranks; what is sent to a cluster. Slurm itself is in test_slurm.py, bad input and `make` in test_demo.py."
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from seer_nb import launch
+from seer_nb.launch import Resources, Stopped, attempts, find_job, run_notebook, sbatch_script, submit
+
+TOP = Path(__file__).resolve().parent.parent
+PRETRAIN = TOP / "nbs/33_pretrain.ipynb"
+
+
+def write_notebook(path, code):
+    parameters = nbformat.v4.new_code_cell("run_dir: str = ''\nseed: int = 0", metadata={"tags": ["parameters"]})
+    head = "import os, signal, time\nfrom pathlib import Path\nrank, here = int(os.environ.get('RANK', 0)), Path(run_dir)\n(here / f'pid_{rank}').write_text(str(os.getpid()))"
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(head), nbformat.v4.new_code_cell(code)], metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.1)
+
+
+def pid(run_dir, rank=0):
+    "Return the number of a kernel's process, once its first cell has run."
+    file = Path(run_dir) / f"pid_{rank}"
+    wait_until(lambda: file.exists() and file.read_text())
+    return int(file.read_text())
+
+
+def alive(pid):
+    "Say whether a process runs (a zombie does not)."
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+def command(*words): return [sys.executable, "-m", "seer_nb.launch", *map(str, words)]
+
+
+# ── signals ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_sigterm_ends_a_run_with_its_own_status(tmp_path):
+    run = tmp_path / "run {x}"                                                   # papermill would fill in what stands in braces
+    job = subprocess.Popen(command(write_notebook(tmp_path / "05_x.ipynb", "time.sleep(600)"), "-p", "run_dir", run), cwd=TOP, stderr=subprocess.PIPE, text=True)
+    kernel = pid(run)
+    job.terminate()
+    error = job.communicate(timeout=120)[1]
+    assert job.returncode == 75 and f"the same command with run_dir {run} goes on" in error and "Traceback" not in error
+    assert not alive(kernel) and "KeyboardInterrupt" in (run / "report.html").read_text()
+
+
+def test_a_kernel_outlives_a_signal_that_comes_before_it_listens(tmp_path, monkeypatch):
+    start = launch._start_kernel
+    def told_at_birth(km):
+        kernel = start(km)
+        os.kill(kernel.pid, signal.SIGUSR2)
+        return kernel
+    monkeypatch.setattr(launch, "_start_kernel", told_at_birth)
+    run_notebook(write_notebook(tmp_path / "05_x.ipynb", "(here / 'done').touch()"), {"run_dir": str(tmp_path)}, show=False)
+    assert (tmp_path / "done").exists()
+
+
+def test_a_launcher_told_before_the_kernel_listens_tells_it_later(tmp_path, monkeypatch):
+    start = launch._start_kernel
+    def told_at_birth(km):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return start(km)
+    monkeypatch.setattr(launch, "_start_kernel", told_at_birth)
+    with pytest.raises(Stopped) as error: run_notebook(write_notebook(tmp_path / "05_x.ipynb", "time.sleep(600)"), {"run_dir": str(tmp_path)}, show=False)
+    assert error.value.heard == {signal.SIGUSR2} and not alive(pid(tmp_path))
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("code, reason", [("os._exit(75)", "another rank was lost"), ("os.kill(os.getpid(), signal.SIGKILL)", r"ended by SIGKILL \(out of memory\?\)")])
+def test_a_lost_kernel_is_worth_another_attempt(tmp_path, code, reason):
+    with pytest.raises(Stopped, match=reason): run_notebook(write_notebook(tmp_path / "05_x.ipynb", code), {"run_dir": str(tmp_path)}, show=False)
+    assert (tmp_path / "report.ipynb").exists()
+
+
+def test_no_kernel_outlives_a_killed_launcher(tmp_path):
+    job = subprocess.Popen(command(write_notebook(tmp_path / "05_x.ipynb", "time.sleep(600)"), "-p", "run_dir", tmp_path), cwd=TOP, stderr=subprocess.DEVNULL)
+    kernel = pid(tmp_path)
+    job.kill()
+    job.wait()
+    wait_until(lambda: not alive(kernel), 30)
+
+
+# ── jobs of this machine ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TWO = {"ranks_per_node": 2, "cpus_per_rank": 1}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch): monkeypatch.setenv("PYTHONPATH", str(TOP))
+
+
+def test_a_lost_job_comes_back_and_ends(tmp_path):
+    "Rank 0 loses its kernel in the first attempt: both ranks start again; both reports are kept."
+    code = "first = len((here / 'attempts.jsonl').read_text().splitlines()) == 1\nif first and rank == 0: os.kill(os.getpid(), signal.SIGKILL)"
+    job = submit(write_notebook(tmp_path / "05_x.ipynb", code), {"run_dir": str(tmp_path / "run é 1")}, TWO, cluster="local")
+    assert b"seer_nb.launch" in next((job.run_dir / "job").glob("*.pkl")).read_bytes()
+    with pytest.raises(ValueError, match="has a job that is running"): submit(tmp_path / "05_x.ipynb", {"run_dir": str(job.run_dir)}, cluster="local")
+    assert job.wait(120) == "done" and find_job(job.run_dir).state == "done"
+    first, second = attempts(job.run_dir)
+    assert first["outcome"] == "stopped" and "SIGKILL" in first["reason"] and second["outcome"] == "done" and second["ranks"] == 2
+    for name in ("report.ipynb", "attempts/report_1.ipynb", "ranks/rank_1.ipynb", "source.ipynb", "environment.txt"): assert (job.run_dir / name).exists()
+    assert "| state | `done` |" in job._repr_markdown_()
+
+
+def test_an_error_on_any_rank_ends_the_job(tmp_path):
+    "Rank 1 raises, so rank 0 is told that a rank was lost: not worth another attempt."
+    code = "if rank: raise ZeroDivisionError('no luck')\nos._exit(75)"
+    job = submit(write_notebook(tmp_path / "05_x.ipynb", code), {"run_dir": str(tmp_path / "run")}, TWO, cluster="local")
+    assert job.wait(120) == "failed"
+    attempt, = attempts(job.run_dir)
+    assert attempt["reason"] == "rank 1: ZeroDivisionError: no luck"
+    assert "no luck" in (job.run_dir / "ranks/rank_1.ipynb").read_text()
+
+
+def test_a_job_does_not_come_back_for_ever(tmp_path):
+    job = submit(write_notebook(tmp_path / "05_x.ipynb", "os._exit(75)"), {"run_dir": str(tmp_path / "run")}, {"requeues": 1}, cluster="local")
+    assert job.wait(120) == "stopped" and len(attempts(job.run_dir)) == 2
+
+
+def test_a_cancelled_job_leaves_nothing_behind(tmp_path):
+    job = submit(write_notebook(tmp_path / "05_x.ipynb", "time.sleep(600)"), {"run_dir": str(tmp_path / "run")}, TWO, cluster="local")
+    kernels = [pid(job.run_dir, rank) for rank in (0, 1)]
+    job.cancel()
+    assert job.wait(120) == "stopped" and len(attempts(job.run_dir)) == 1
+    assert not any(map(alive, kernels))
+
+
+def test_torchrun(tmp_path):
+    notebook = write_notebook(tmp_path / "05_x.ipynb", "(here / f'ran_{rank}').touch()")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command(notebook)[1:]]
+    done = subprocess.run([*words, "-p", "run_dir", str(tmp_path / "run")], cwd=TOP, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"ran_0", "ran_1", "report.ipynb", "report.html"} <= {p.name for p in (tmp_path / "run").iterdir()} and (tmp_path / "run/ranks/rank_1.ipynb").exists()
+
+
+# ── what is sent ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SEER_10B = f"""\
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=10
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=pretrain
+#SBATCH --mem=0
+#SBATCH --nodes=62
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/seer/job/%j_0_log.out
+#SBATCH --partition=p
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=4320
+#SBATCH --wckey=submitit
+
+# setup
+trap '' USR2
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/seer/job/%j_%t_log.out sh -c 'trap "" USR2; exec "$0" "$@"' {shlex.quote(sys.executable)} -u -m submitit.core._submit /shared/seer/job
+"""
+
+
+def test_the_script_of_seer_10b(tmp_path, capsys, monkeypatch):
+    "62 machines of 8 GPUs, word for word, and the memory plan; nothing is written."
+    monkeypatch.chdir(tmp_path)
+    status = launch.main([str(PRETRAIN), "-f", str(TOP / "nbs/params/pretrain/seer_10b.yaml"), "-p", "run_dir", "/shared/seer", "-p", "images", "toyworld:8", "--nodes", "62",
+                          "--gpus-per-node", "8", "--partition", "p", "--memory", "0", "--time", "3-00:00", "--gpu-gib", "40", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert status == 0 and printed.startswith(SEER_10B)
+    assert "496 GPUs of 40 GiB" in printed and printed.endswith("fits\n") and not list(tmp_path.iterdir())
+
+
+def test_paths_with_spaces_and_quotes_stay_one_word():
+    script = sbatch_script("/data/it's é 1", Resources())
+    assert shlex.split(script.splitlines()[-1])[-1] == "/data/it's é 1/job"
+
+
+@pytest.mark.parametrize("params, resources, cluster, problem", [
+    ({"sed": 1}, {}, "local", "did you mean 'seed'"),
+    ({"x=0;import os": 1}, {}, "local", "no parameter 'x=0;import os'"),
+    ({"seed": "one"}, {}, "local", "must be int"),
+    ({"images": "nowhere"}, {}, "local", "no such folder"),
+    ({"backbone": "regnety_9tf"}, {}, "local", "no backbone"),
+    ({"batch_size": 7}, {"ranks_per_node": 2}, "local", "does not divide among 2 ranks"),
+    ({}, {"gpus_per_nod": 8}, "local", "did you mean 'gpus_per_node'"),
+    ({}, {"nodes": 2}, "local", "need cluster='slurm'"),
+    ({}, {"time": "3 days"}, "local", "days-hours:minutes"),
+    ({}, {"time": "0:01"}, "local", "not longer than the grace"),
+    ({}, {}, "cloud", "cluster must be"),
+])
+def test_mistakes_are_found_before_anything_is_written(tmp_path, params, resources, cluster, problem):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=re.escape(problem)):
+        submit(PRETRAIN, {"run_dir": str(tmp_path / "run"), **params}, resources, cluster)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_another_run_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("seed: 5\n")
+    with pytest.raises(ValueError, match="holds a run with other parameters"): submit(PRETRAIN, {"run_dir": str(tmp_path)}, cluster="local")
+    assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_a_notebook_without_parameters_is_refused(tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "05_x.ipynb")
+    with pytest.raises(ValueError, match="no parameter run_dir"): submit(tmp_path / "05_x.ipynb", cluster="local")
+
+
+def test_the_command_sends_a_job_that_another_process_can_load(tmp_path):
+    "Under `python -m` the module is called __main__, which no job could import."
+    notebook = write_notebook(tmp_path / "05_x.ipynb", "pass")
+    done = subprocess.run(command(notebook, "-p", "run_dir", tmp_path / "run", "--cluster", "local"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "cancel   kill" in done.stdout, done.stderr
+    sent = pickle.loads(next((tmp_path / "run/job").glob("*_submitted.pkl")).read_bytes())
+    assert type(sent.function) is launch.NotebookJob and sent.function.run_dir == str(tmp_path / "run")
+    assert find_job(tmp_path / "run").wait(120) == "done"
