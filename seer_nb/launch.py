@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['KEEP_FREED_MEMORY', 'OUTCOMES', 'parameters_of', 'notebook_name', 'read_params', 'check_run', 'Stopped',
            'run_notebook', 'write_html', 'results_table', 'Resources', 'sbatch_settings', 'sbatch_script',
-           'run_attempt', 'attempts', 'NotebookJob', 'Job', 'find_job', 'submit', 'memory_text', 'main']
+           'run_attempt', 'attempts', 'NotebookJob', 'Job', 'find_job', 'submit', 'submit_suite', 'collect_results',
+           'memory_text', 'main']
 
-# %% ../nbs/43_launch.ipynb #7df7f674
+# %% ../nbs/43_launch.ipynb #8055a167
 import argparse
 import ast
 import asyncio
 import contextlib
 import dataclasses
+import html
 import inspect
 import json
 import os
@@ -74,7 +76,7 @@ def read_params(
     config = make_config(cls, params)
     return {name: getattr(config, name) for name in params}
 
-# %% ../nbs/43_launch.ipynb #75915ed8
+# %% ../nbs/43_launch.ipynb #82069e9c
 def check_run(
     notebook,        # path of a notebook
     params: dict = {},  # name -> value
@@ -84,8 +86,8 @@ def check_run(
     from seer_nb.trainer import PretrainConfig
     config = make_config(parameters_of(notebook), params)
     names = [f.name for f in dataclasses.fields(PretrainConfig)]
-    if set(names) <= set(vars(config)):
-        config = make_config(PretrainConfig, {name: getattr(config, name) for name in names})
+    if names == list(vars(config)):
+        config = make_config(PretrainConfig, vars(config))
         if config.batch_size % ranks: raise ValueError(f"batch_size {config.batch_size} does not divide among {ranks} ranks")
     if "images" in params:
         from seer_nb.images import open_images
@@ -349,7 +351,7 @@ def attempts(
     for row in MetricLog(Path(run_dir) / "attempts.jsonl").rows(): found.setdefault(row["attempt"], {}).update(row)
     return list(found.values())
 
-# %% ../nbs/43_launch.ipynb #f39461c9
+# %% ../nbs/43_launch.ipynb #48801df5
 class NotebookJob:
     "One rank of a job: call it on the cluster."
 
@@ -369,7 +371,8 @@ class NotebookJob:
         if heard == {signal.SIGTERM}: return False
         limit = json.loads((Path(self.run_dir) / "job.json").read_text())["resources"]["requeues"]
         if sum(attempt["job"] == environment.job_id for attempt in attempts(self.run_dir)) > limit: return False
-        return environment.cluster != "slurm" or _squeue(environment.job_id) == "running"
+        with contextlib.suppress(ConnectionError): return environment.cluster != "slurm" or _squeue(environment.job_id) == "running"
+        return True
 
 
 def _name_ranks(environment):
@@ -380,16 +383,19 @@ def _name_ranks(environment):
 
 
 def _squeue(job):
-    "Return a job's state in Slurm's queue; empty if it is not there."
-    return subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip().lower()
+    "Return a job's state in Slurm's queue; empty if it is not there. Raises `ConnectionError` if Slurm does not answer."
+    asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
+    if asked.returncode and "Invalid job id" not in asked.stderr: raise ConnectionError(f"squeue: {asked.stderr.strip()}")
+    return asked.stdout.strip().lower()
 
-# %% ../nbs/43_launch.ipynb #8e7d0919
+# %% ../nbs/43_launch.ipynb #9cf50c93
 @dataclasses.dataclass
 class Job:
     "A submitted run; a notebook shows it as a table."
     run_dir: Path  # its folder
     cluster: str   # slurm, local or debug
     id: str        # Slurm's number of the job, or the process on this machine
+    logs: Path     # folder of what its ranks print
 
     @property
     def queued(self) -> str:
@@ -420,7 +426,7 @@ class Job:
 
     def log(self, n: int = 10) -> str:
         "Return the last n lines that rank 0 has printed."
-        file = self.run_dir / f"job/{self.id}_0_log.out"
+        file = self.logs / f"{self.id}_0_log.out"
         return "\n".join(file.read_text(errors="replace").splitlines()[-n:]) if file.exists() else ""
 
     def _rows(self):
@@ -432,7 +438,7 @@ class Job:
     def __str__(self): return "\n".join(f"{name:8} {value}" for name, value in self._rows().items()) + f"\n{self.log()}".rstrip()
 
     def _repr_markdown_(self):
-        return "\n".join(["| | |", "|---|---|"] + [f"| {name} | `{value}` |" for name, value in self._rows().items()]) + f"\n\n```\n{self.log()}\n```"
+        return "\n".join(["| | |", "|---|---|"] + [f"| {name} | {html.escape(' '.join(str(value).split())).replace('|', '&#124;')} |" for name, value in self._rows().items()]) + f"\n\n```\n{self.log()}\n```"
 
 
 def _runs(pid, run_dir):
@@ -448,9 +454,9 @@ def find_job(
     "Return the newest job of a run folder, from any session, or None."
     file = Path(run_dir) / "job.json"
     told = json.loads(file.read_text()) if file.exists() else {}
-    return Job(Path(run_dir).absolute(), told["cluster"], told["id"]) if told.get("id") else None
+    return Job(Path(run_dir).absolute(), told["cluster"], told["id"], Path(told["logs"])) if told.get("id") else None
 
-# %% ../nbs/43_launch.ipynb #7b3c0099
+# %% ../nbs/43_launch.ipynb #32210d6d
 def submit(
     notebook,             # path of a notebook with a parameter run_dir
     params: dict = {},    # name -> value
@@ -464,31 +470,39 @@ def submit(
     if cluster == "slurm" and not shutil.which("sbatch"): raise ValueError("there is no sbatch on this machine: log in to the cluster, or take cluster='local'")
     if cluster != "slurm" and r.nodes > 1 or cluster == "debug" and r.ranks > 1:
         raise ValueError(f"{r.nodes} nodes with {r.ranks} ranks need cluster='slurm'" if r.nodes > 1 else "cluster='debug' runs one rank")
-    config = check_run(notebook, params, r.ranks)
-    if not hasattr(config, "run_dir"): raise ValueError(f"{notebook} has no parameter run_dir")
-    run = RunDir(RunDir(config.run_dir, name=name).path.absolute())
-    before = find_job(run.path)
-    if before and before.queued: raise ValueError(f"{run.path} has a job that is {before.queued}: {before.cancel_command}, or choose another run_dir")
-    _snapshot(run, notebook, config, {"notebook": str(notebook), "params": {**params, "run_dir": str(run.path)}, "resources": dataclasses.asdict(r), "cluster": cluster})
+    run, config = _prepare(notebook, params, r)
+    logs = run.path / "job"
+    _snapshot(run, notebook, config, r, cluster, logs)
     if cluster == "debug":
         _keep_id(run, "here")
         run_attempt(run.path)
         return find_job(run.path)
-    try: number = _executor(run, r, cluster, name, getattr(config, "workers", 0)).submit(_importable("NotebookJob")(run.path)).job_id
+    try: number = _executor(logs, r, cluster, name, getattr(config, "workers", 0)).submit(_importable("NotebookJob")(run.path)).job_id
     except RuntimeError as error: raise ValueError(f"{cluster} refused the job: {error}") from None
     _keep_id(run, number)
     return find_job(run.path)
 
 
-def _snapshot(run, notebook, config, told):
+def _prepare(notebook, params, resources):
+    "Return run folder and parameters of a job that can be sent; writes nothing."
+    config = check_run(notebook, params, resources.ranks)
+    if not hasattr(config, "run_dir"): raise ValueError(f"{notebook} has no parameter run_dir")
+    run = RunDir(RunDir(config.run_dir, name=notebook_name(notebook)).path.absolute())
+    before = find_job(run.path)
+    if before and before.queued: raise ValueError(f"{run.path} has a job that is {before.queued}: {before.cancel_command}, or choose another run_dir")
+    return run, config
+
+
+def _snapshot(run, notebook, config, resources, cluster, logs):
     "Write what the job needs; for a pretraining raise `ValueError` if the folder holds another run."
     from seer_nb.trainer import PretrainConfig
     if isinstance(config, PretrainConfig): run.begin(config)
     write_atomic(run.environment, environment_text())
     source = run.path / "source.ipynb"
     if not (source.exists() and source.samefile(notebook)): write_atomic(source, Path(notebook).read_bytes())
+    told = {"notebook": str(notebook), "params": {**dataclasses.asdict(config), "run_dir": str(run.path)}, "resources": dataclasses.asdict(resources), "cluster": cluster, "logs": str(logs)}
     write_atomic(run.path / "job.json", json.dumps(told))
-    (run.path / "job").mkdir(mode=0o700, exist_ok=True)                     # pickles: who can write here can run code
+    logs.mkdir(mode=0o700, exist_ok=True)                                   # pickles: who can write here can run code
 
 
 def _keep_id(run, number):
@@ -502,17 +516,52 @@ def _importable(name):
     return getattr(seer_nb.launch, name)
 
 
-def _executor(run, resources, cluster, name, workers):
+def _executor(logs, resources, cluster, name, workers):
     "Return submitit's executor."
     import submitit
     if cluster == "slurm":
-        executor = submitit.SlurmExecutor(run.path / "job", python=_PYTHON)
+        executor = submitit.SlurmExecutor(logs, python=_PYTHON)
         executor.update_parameters(**sbatch_settings(resources, name, workers))
     else:
-        executor = submitit.LocalExecutor(run.path / "job")
+        executor = submitit.LocalExecutor(logs)
         executor.update_parameters(timeout_min=resources.minutes, tasks_per_node=resources.ranks, gpus_per_node=resources.gpus_per_node, signal_delay_s=resources.grace,
                                    stderr_to_stdout=True)
     return executor
+
+# %% ../nbs/43_launch.ipynb #7f5a0a46
+def submit_suite(
+    notebook,              # path of a notebook with a parameter run_dir
+    runs: dict,            # name -> parameters of a run
+    folder,                # where each run has a folder of its name
+    resources: dict = {},  # of each run: name -> value, of `Resources`
+    at_once: int = 8,      # runs at the same time
+    cluster: str = "slurm",  # or debug: one after the other, here
+) -> dict:                 # name -> Job
+    "Send many runs of a notebook as one Slurm array. Raises as `submit`, before anything is written."
+    r, folder = make_config(Resources, resources), Path(folder).absolute()
+    if cluster not in ("slurm", "debug") or cluster == "slurm" and not shutil.which("sbatch"): raise ValueError("a suite needs Slurm (there is no sbatch), or cluster='debug'")
+    for name in runs:
+        if not re.fullmatch(r"\w[\w.-]*", name): raise ValueError(f"the name of a run names its folder: letters, digits, '.', '_' and '-', got {name!r}")
+    runs = {name: {**params, "run_dir": str(folder / name)} for name, params in runs.items()}
+    ready = [_prepare(notebook, params, r) for params in runs.values()]
+    if cluster == "debug": return {name: submit(notebook, params, resources, cluster) for name, params in runs.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for run, config in ready: _snapshot(run, notebook, config, r, cluster, folder / "job")
+    executor = _executor(folder / "job", r, cluster, notebook_name(notebook), max(getattr(config, "workers", 0) for _, config in ready))
+    executor.update_parameters(array_parallelism=at_once)
+    with executor.batch(): jobs = [executor.submit(_importable("NotebookJob")(run.path)) for run, _ in ready]
+    for (run, _), job in zip(ready, jobs): _keep_id(run, job.job_id)
+    return {name: find_job(folder / name) for name in runs}
+
+
+def collect_results(
+    folder,  # of a suite
+) -> dict:   # name of a run that is not done -> its state and the reason
+    "Write the results of all runs of a suite to its own `results.jsonl`."
+    jobs = {file.parent.name: find_job(file.parent) for file in sorted(Path(folder).glob("*/job.json"))}
+    rows = [row for job in jobs.values() for row in MetricLog(job.run_dir / "results.jsonl").rows()]
+    write_atomic(Path(folder) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return {name: f"{job.state}: {(attempts(job.run_dir) or [{}])[-1].get('reason', '')}" for name, job in jobs.items() if job.state != "done"}
 
 # %% ../nbs/43_launch.ipynb #1537ab96
 def _parser():

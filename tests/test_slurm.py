@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from seer_nb.core import MetricLog
 from seer_nb.distributed import run_ranks
-from seer_nb.launch import Resources, attempts, sbatch_script, submit
+from seer_nb.launch import Resources, attempts, collect_results, sbatch_script, submit, submit_suite
 
 TOP = Path(__file__).resolve().parent.parent
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -166,19 +167,35 @@ def attempt_of(job):
     return len(attempts(job.run_dir))
 
 
-def test_stopped_twice(here, straight, tmp_path):
-    "Warned as at a time limit, later requeued as for a job of higher priority: all ranks save, the job comes back, and ends with the same bits."
+def lose(slurmd, node, job):
+    "Kill the daemon of a node and all that it has started for a job, as when its machine fails."
+    slurmd.kill()
+    slurmd.wait()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if (environment.get("SLURMD_NODENAME"), environment.get("SLURM_JOB_ID")) != (node, job.id): continue
+            for victim in [*(p for p in process.parents() if p.name().startswith("slurmstepd")), process]: victim.kill()
+
+
+def test_stopped_three_times(here, straight, tmp_path):
+    """Warned as at a time limit; requeued as for a job of higher priority; a machine fails. The job comes back each time, and ends with the same bits."""
+    folder, nodes, start = here
     job = submit(lean(tmp_path), {**SETTINGS, "run_dir": str(tmp_path / "run é 1")}, RESOURCES)
-    wait_until(lambda: at_step(job, 4))
+    wait_until(lambda: at_step(job, 3))
     subprocess.run(["scancel", "--signal=USR2", "--full", job.id], check=True)
-    wait_until(lambda: attempt_of(job) == 2 and at_step(job, 12))
+    wait_until(lambda: attempt_of(job) == 2 and at_step(job, 8))
     subprocess.run(["scontrol", "requeue", job.id], check=True)
-    wait_until(lambda: attempt_of(job) == 3)
+    wait_until(lambda: attempt_of(job) == 3 and at_step(job, 15))
+    lose(nodes["n2"], "n2", job)
+    wait_until(lambda: job.queued != "running")
+    nodes["n2"] = start("slurmd", "-D", "-N", "n2")
+    wait_until(lambda: attempt_of(job) == 4)
     assert job.wait(200) == "done", job
-    first, second, third = attempts(job.run_dir)
-    for attempt in (first, second): assert attempt["outcome"] == "stopped" and attempt["reason"].startswith("Preempted: told to stop"), attempt
-    assert "continuing at step" in (job.run_dir / "report.ipynb").read_text()
+    told = attempts(job.run_dir)[:2]
+    for attempt in told: assert attempt["outcome"] == "stopped" and attempt["reason"].startswith("Preempted: told to stop"), attempt
     for n in (1, 2): assert "Preempted" in (job.run_dir / f"attempts/report_{n}.ipynb").read_text()
+    assert "continuing at step" in (job.run_dir / "report.ipynb").read_text()
     assert {p.name for p in (job.run_dir / "ranks").glob("*.ipynb")} == {"rank_1.ipynb", "rank_2.ipynb", "rank_3.ipynb"}
     assert result(job.run_dir) == result(straight)
 
@@ -217,3 +234,16 @@ def test_failed(here, tmp_path):
     assert job.wait(120) == "failed"
     attempt, = attempts(job.run_dir)
     assert attempt["reason"] == "rank 1: ZeroDivisionError: no luck"
+
+
+def test_an_array_with_a_run_that_fails(here, tmp_path):
+    "Six runs, three at once: five results, and one failure that can be read."
+    notebook = quick(tmp_path, "import json\nif 'run_4' in run_dir: raise ZeroDivisionError('no luck')\n"
+                               "open(run_dir + '/results.jsonl', 'w').write(json.dumps({'task': 'x', 'value': int(run_dir[-1])}) + '\\n')")
+    jobs = submit_suite(notebook, {f"run_{n}": {} for n in range(6)}, tmp_path / "suite", {"cpus_per_rank": 1, "time": "1:00"}, at_once=3)
+    assert "#SBATCH --array=0-5%3" in next((tmp_path / "suite/job").glob("*_submission.sh")).read_text()
+    states = [job.wait(200) for job in jobs.values()]
+    assert states == ["done"] * 4 + ["failed", "done"]
+    assert collect_results(tmp_path / "suite") == {"run_4": "failed: ZeroDivisionError: no luck"}
+    assert [row["value"] for row in MetricLog(tmp_path / "suite/results.jsonl").rows()] == [0, 1, 2, 3, 5]
+    assert "no luck" in jobs["run_4"].log()
