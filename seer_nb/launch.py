@@ -305,7 +305,7 @@ def sbatch_script(
     folder = Path(run_dir).absolute() / "job"
     return _make_sbatch_string(f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(folder))}", folder, **sbatch_settings(resources, name, workers))
 
-# %% ../nbs/43_launch.ipynb #591fe3f9
+# %% ../nbs/43_launch.ipynb #e10a4709
 OUTCOMES = {0: "done", 1: "failed", RANK_LOST: "stopped"}
 
 
@@ -335,7 +335,7 @@ def run_attempt(
     if reason: print(f"{OUTCOMES[status]}: {reason}", file=sys.stderr, flush=True)
     return status, heard
 
-
+# %% ../nbs/43_launch.ipynb #615fb52c
 def _others(run, ranks, patience=30):
     "Return how the other ranks have ended; one whose machine is lost never says."
     files, end = [run.path / f"ranks/rank_{r}.json" for r in range(1, ranks)], time.monotonic() + patience
@@ -388,7 +388,7 @@ def _squeue(job):
     if asked.returncode and "Invalid job id" not in asked.stderr: raise ConnectionError(f"squeue: {asked.stderr.strip()}")
     return asked.stdout.strip().lower()
 
-# %% ../nbs/43_launch.ipynb #9cf50c93
+# %% ../nbs/43_launch.ipynb #4da29d6a
 @dataclasses.dataclass
 class Job:
     "A submitted run; a notebook shows it as a table."
@@ -440,7 +440,7 @@ class Job:
     def _repr_markdown_(self):
         return "\n".join(["| | |", "|---|---|"] + [f"| {name} | {html.escape(' '.join(str(value).split())).replace('|', '&#124;')} |" for name, value in self._rows().items()]) + f"\n\n```\n{self.log()}\n```"
 
-
+# %% ../nbs/43_launch.ipynb #fb8c3417
 def _runs(pid, run_dir):
     "Say whether a process runs and belongs to a run folder: numbers of processes are used again."
     import psutil
@@ -456,7 +456,7 @@ def find_job(
     told = json.loads(file.read_text()) if file.exists() else {}
     return Job(Path(run_dir).absolute(), told["cluster"], told["id"], Path(told["logs"])) if told.get("id") else None
 
-# %% ../nbs/43_launch.ipynb #32210d6d
+# %% ../nbs/43_launch.ipynb #47f973aa
 def submit(
     notebook,             # path of a notebook with a parameter run_dir
     params: dict = {},    # name -> value
@@ -482,7 +482,7 @@ def submit(
     _keep_id(run, number)
     return find_job(run.path)
 
-
+# %% ../nbs/43_launch.ipynb #b5bb7088
 def _prepare(notebook, params, resources):
     "Return run folder and parameters of a job that can be sent; writes nothing."
     config = check_run(notebook, params, resources.ranks)
@@ -523,7 +523,7 @@ def _executor(logs, resources, cluster, name, workers):
         executor = submitit.SlurmExecutor(logs, python=_PYTHON)
         executor.update_parameters(**sbatch_settings(resources, name, workers))
     else:
-        executor = submitit.LocalExecutor(logs)
+        executor = submitit.LocalExecutor(logs, python=_PYTHON)
         executor.update_parameters(timeout_min=resources.minutes, tasks_per_node=resources.ranks, gpus_per_node=resources.gpus_per_node, signal_delay_s=resources.grace,
                                    stderr_to_stdout=True)
     return executor
@@ -563,7 +563,7 @@ def collect_results(
     write_atomic(Path(folder) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return {name: f"{job.state}: {(attempts(job.run_dir) or [{}])[-1].get('reason', '')}" for name, job in jobs.items() if job.state != "done"}
 
-# %% ../nbs/43_launch.ipynb #1537ab96
+# %% ../nbs/43_launch.ipynb #524ea323
 def _parser():
     "Return the command line: an option for each of `Resources`, explained by its comment."
     parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__)
@@ -579,7 +579,7 @@ def _parser():
                            help=f"{comments[field.name]} (default: {field.default or 'none'})")
     return parser
 
-
+# %% ../nbs/43_launch.ipynb #4b006047
 def memory_text(
     config,                # PretrainConfig
     resources: Resources,
@@ -604,7 +604,7 @@ def _dry_run(notebook, params, resources):
     if isinstance(config, PretrainConfig) and resources.gpus_per_node: print(memory_text(config, resources))
     check_run(notebook, params, resources.ranks)
 
-
+# %% ../nbs/43_launch.ipynb #8a2c52ac
 def main(
     argv=None,  # list of words; None: those of the command line
 ) -> int:       # exit status: 0 done, 1 a cell failed, 2 wrong input, 75 told to stop (or a rank was lost), 130 interrupted

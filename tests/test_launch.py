@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from seer_nb import launch
@@ -118,6 +119,14 @@ def test_a_lost_job_comes_back_and_ends(tmp_path):
     assert first["outcome"] == "stopped" and "SIGKILL" in first["reason"] and second["outcome"] == "done" and second["ranks"] == 2
     for name in ("report.ipynb", "attempts/report_1.ipynb", "ranks/rank_1.ipynb", "source.ipynb", "environment.txt"): assert (job.run_dir / name).exists()
     assert "| state | done |" in job._repr_markdown_()
+
+
+def test_a_job_warned_of_its_time_limit_comes_back(tmp_path):
+    code = "if len((here / 'attempts.jsonl').read_text().splitlines()) == 1: time.sleep(600)"
+    job = submit(write_notebook(tmp_path / "05_x.ipynb", code), {"run_dir": str(tmp_path / "run")}, cluster="local")
+    psutil.Process(pid(job.run_dir)).parent().send_signal(signal.SIGUSR2)
+    assert job.wait(120) == "done"
+    assert [(a["outcome"], a["reason"]) for a in attempts(job.run_dir)] == [("stopped", "KeyboardInterrupt: "), ("done", "")]
 
 
 def test_an_error_on_any_rank_ends_the_job(tmp_path):
