@@ -563,7 +563,7 @@ def collect_results(
     write_atomic(Path(folder) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return {name: f"{job.state}: {(attempts(job.run_dir) or [{}])[-1].get('reason', '')}" for name, job in jobs.items() if job.state != "done"}
 
-# %% ../nbs/43_launch.ipynb #524ea323
+# %% ../nbs/43_launch.ipynb #e5e04bb2
 def _parser():
     "Return the command line: an option for each of `Resources`, explained by its comment."
     parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__)
@@ -576,7 +576,7 @@ def _parser():
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(_importable("Resources")), re.M))
     for field in dataclasses.fields(Resources):
         group.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), metavar="N" if type(field.default) is int else "TEXT",
-                           help=f"{comments[field.name]} (default: {field.default or 'none'})")
+                           help=f"{comments[field.name]} (default: {'none' if field.default == '' else field.default})")
     return parser
 
 # %% ../nbs/43_launch.ipynb #4b006047
