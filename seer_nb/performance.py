@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['compare', 'speedups', 'matmul_peak', 'training_speed', 'main']
 
-# %% ../nbs/90_performance.ipynb #92e8e485
+# %% ../nbs/90_performance.ipynb #ca222543
 import argparse
 import os
 import sys
@@ -18,9 +18,9 @@ from .core import MetricLog, seed_all
 from .distributed import setup
 from .launch import read_params
 from .multicrop import normalize
-from .sharding import NO_CUTS, memory_plan
+from .sharding import DTYPES, NO_CUTS, memory_plan
 from .streaming import peak_memory
-from .trainer import DTYPES, PretrainConfig, build_training, train_step, training_flops
+from .trainer import PretrainConfig, build_training, train_step, training_flops
 
 # %% ../nbs/90_performance.ipynb #0b98f083
 def compare(

@@ -126,7 +126,6 @@ def freezes(config): os.kill(os.getpid(), signal.SIGSTOP)
 def sleeps(config): time.sleep(3600)
 def kills_a_worker(config): os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 def fills_the_disk(config): (Path(config.run_dir) / "filler").write_bytes(bytes(shutil.disk_usage(config.run_dir).free - 2**18))
-def makes_it_read_only(config): subprocess.run(["mount", "-o", "remount,ro", config.run_dir], check=True)
 def takes_a_shard_away(config): Path(config.run_dir).with_name("shards").joinpath("shard-2.tar").unlink()
 
 
@@ -160,10 +159,25 @@ def broken(act, folder, draw, n=2, workers=0, mend=None):
             "identical": whole(config, n) == reference(n, workers)}
 
 
-def on_small_disk(act, folder, draw, mend):
+def on_small_disk(folder, draw):
     (folder / "run").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder / "run"], check=True)
-    try: return broken(act, folder, draw, mend=mend)
+    try: return broken("fills_the_disk", folder, draw, mend=lambda config: (folder / "run/filler").unlink())
+    finally: subprocess.run(["umount", folder / "run"], check=True)
+
+
+def read_only(folder, draw):
+    "Stop a run, make its folder read-only, try to continue; then continue."
+    config = dataclasses.replace(RUN, run_dir=str(folder / "run"))
+    (folder / "run").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder / "run"], check=True)
+    try:
+        finish(start(config, 2, "sigusr2", draw.randrange(1, RUN.steps - 1)))
+        subprocess.run(["mount", "-o", "remount,ro", folder / "run"], check=True)
+        begun, codes = time.time(), finish(start(config, 2))
+        ended, said = time.time(), (folder / "logs/0.txt").read_text()
+        subprocess.run(["mount", "-o", "remount,rw", folder / "run"], check=True)
+        return {"seconds": ended - begun, "hangs": sum(c is None for c in codes), "lost": 0, "said": said, "identical": whole(config, 2) == reference(2)}
     finally: subprocess.run(["umount", folder / "run"], check=True)
 
 
@@ -229,10 +243,6 @@ def kills(folder, draw, count):
         done += len(rows)
 
 
-def free(config): (Path(config.run_dir) / "filler").unlink(missing_ok=True)
-def writable(config): subprocess.run(["mount", "-o", "remount,rw", config.run_dir], check=True)
-
-
 FAULTS = {   # name -> (how often, campaign, what every log must say)
     "kill -9 of either rank, at any moment": (50, None, ""),
     "SIGTERM to one rank": (10, functools.partial(broken, "sigterm"), "Preempted"),
@@ -242,8 +252,8 @@ FAULTS = {   # name -> (how often, campaign, what every log must say)
     "one rank waits for ever": (5, functools.partial(broken, "sleeps"), "Late: rank 1 .*sleeps"),
     "a loader worker is killed": (10, functools.partial(broken, "kills_a_worker", workers=1), "LoaderFault: .*SIGKILL"),
     "NaN in a gradient of one rank": (10, functools.partial(broken, "puts_nan_into_a_gradient"), "NotFinite: .*gradient is not finite"),
-    "the disk is full": (10, functools.partial(on_small_disk, "fills_the_disk", mend=free), "No space left|is full"),
-    "the run folder becomes read-only": (10, functools.partial(on_small_disk, "makes_it_read_only", mend=writable), "Read-only file system"),
+    "the disk is full": (10, on_small_disk, "No space left|is full"),
+    "the run folder is read-only": (10, read_only, "Read-only file system"),
     "newest checkpoint: a file cut": (20, functools.partial(damaged, "truncated"), "trying the one before"),
     "newest checkpoint: a bit flipped": (20, functools.partial(damaged, "flipped"), "trying the one before"),
     "a shard of images is missing": (5, functools.partial(vanished, "before"), '"shard": '),
