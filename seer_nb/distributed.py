@@ -71,7 +71,7 @@ def find_place(
         return Place(rank, world_size, local_rank, host, int(environment.get("MASTER_PORT", port)))
     return Place()
 
-# %% ../nbs/40_distributed.ipynb #6db74876
+# %% ../nbs/40_distributed.ipynb #da7ba844
 _SCRIPT = """\
 import sys
 sys.path[:] = {path!r}
@@ -127,7 +127,7 @@ def start_ranks(
             processes.append(None if r in absent else subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out))
     return Ranks(processes, folder)
 
-
+# %% ../nbs/40_distributed.ipynb #4202bbd6
 def run_ranks(
     function,              # as for `start_ranks`; what it returns: tensors, numbers, text, lists and dicts of them
     n: int,                # number of processes
@@ -208,7 +208,7 @@ def _roll_call(store, place, timeout):
     raise TimeoutError(f"{_names(missing)} of {place.world_size} did not arrive within {timeout:g} s. Look at the log and the machine of each; "
                        "all ranks must be started together (torchrun, srun)")
 
-# %% ../nbs/40_distributed.ipynb #3c634494
+# %% ../nbs/40_distributed.ipynb #0e759f9b
 def _open_store(place, timeout):
     "Connect to the store in rank 0, or in torchrun itself where that keeps one."
     serve = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -223,7 +223,7 @@ def _open_store(place, timeout):
     except dist.DistError as error: raise RuntimeError(f"rank {place.rank} cannot open {place.host}:{place.port}: {str(error).splitlines()[0]}") from None
     return dist.PrefixStore(f"seer_nb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
-
+# %% ../nbs/40_distributed.ipynb #50775953
 def _choose_device(device, local_rank):
     "Return the device of a local rank."
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -156,7 +156,7 @@ def broken(act, folder, draw, n=2, workers=0, mend=None):
     if mend is not None: mend(config)
     kept = newest(config)
     return {"seconds": ended - float(moment), "hangs": sum(c is None for c in codes) - (act == "freezes"), "lost": max(0, int(at) - kept), "said": said,
-            "identical": whole(config, n) == reference(n, workers)}
+            "recovered": whole(config, n) == reference(n, workers)}
 
 
 def on_small_disk(folder, draw):
@@ -177,7 +177,7 @@ def read_only(folder, draw):
         begun, codes = time.time(), finish(start(config, 2))
         ended, said = time.time(), (folder / "logs/0.txt").read_text()
         subprocess.run(["mount", "-o", "remount,rw", folder / "run"], check=True)
-        return {"seconds": ended - begun, "hangs": sum(c is None for c in codes), "lost": 0, "said": said, "identical": whole(config, 2) == reference(2)}
+        return {"seconds": ended - begun, "hangs": sum(c is None for c in codes), "lost": 0, "said": said, "recovered": whole(config, 2) == reference(2)}
     finally: subprocess.run(["umount", folder / "run"], check=True)
 
 
@@ -185,14 +185,15 @@ def damaged(how, folder, draw):
     "Stop a run after two checkpoints, damage a file of the newest, continue."
     config = dataclasses.replace(RUN, run_dir=str(folder / "run"))
     finish(start(config, 1, "sigusr2", 7))
-    file = draw.choice([f for f in (folder / "run/checkpoints" / f"step_{newest(config):08d}").iterdir() if f.stat().st_size])
+    *_, before, at = saved_steps(folder / "run/checkpoints")
+    file = draw.choice([f for f in (folder / "run/checkpoints" / f"step_{at:08d}").iterdir() if f.stat().st_size])
     content = bytearray(file.read_bytes())
     place = draw.randrange(len(content))
     if how == "truncated": del content[place:]
     else: content[place] ^= 1 << draw.randrange(8)
     file.write_bytes(content)
     begun, same = time.time(), whole(config, 1) == reference(1)
-    return {"seconds": time.time() - begun, "hangs": 0, "lost": 3, "identical": same, "said": (folder / "logs/0.txt").read_text()}
+    return {"seconds": time.time() - begun, "hangs": 0, "lost": at - before, "recovered": same, "said": (folder / "logs/0.txt").read_text()}
 
 
 def vanished(when, folder, draw):
@@ -214,7 +215,7 @@ def vanished(when, folder, draw):
     begun = time.time()
     codes = finish(start(config, 2, "takes_a_shard_away" if when == "during" else None, draw.randrange(1, RUN.steps - 1)))
     counted = bad_image_report(folder / "run/bad_images.jsonl")
-    return {"seconds": time.time() - begun, "hangs": sum(c is None for c in codes), "lost": 0, "identical": codes == [0, 0] and (when == "during" or "shard" in counted),
+    return {"seconds": time.time() - begun, "hangs": sum(c is None for c in codes), "lost": 0, "recovered": codes == [0, 0] and (when == "during" or "shard" in counted),
             "said": json.dumps(counted)}
 
 
@@ -237,27 +238,28 @@ def kills(folder, draw, count):
             saving = any(not re.fullmatch(r"step_\d{8}|lock\.json", p.name) for p in Path(config.run_dir, "checkpoints").glob("*"))
             moment = time.time()
             codes = finish(processes)
-            rows.append({"seconds": time.time() - moment, "hangs": sum(c is None for c in codes), "lost": 1, "saving": saving, "said": ""})
+            logged = [row["step"] for row in MetricLog(Path(config.run_dir, "metrics.jsonl")).rows()]
+            rows.append({"seconds": time.time() - moment, "hangs": sum(c is None for c in codes), "lost": max(logged, default=0) - newest(config), "saving": saving, "said": ""})
         same = whole(config, 2) == kills.straight
-        for row in rows: yield row | {"identical": same}
+        for row in rows: yield row | {"recovered": same}
         done += len(rows)
 
 
 FAULTS = {   # name -> (how often, campaign, what every log must say)
-    "kill -9 of either rank, at any moment": (50, None, ""),
     "SIGTERM to one rank": (10, functools.partial(broken, "sigterm"), "Preempted"),
     "SIGUSR2 to one rank": (10, functools.partial(broken, "sigusr2"), "Preempted"),
-    "one rank raises": (10, functools.partial(broken, "raises"), "rank 1 .*MemoryError: out of memory on this rank"),
+    "one rank raises": (5, functools.partial(broken, "raises"), "rank 1 .*MemoryError: out of memory on this rank"),
     "one rank is stopped (SIGSTOP)": (5, functools.partial(broken, "freezes"), "rank 1 .*no sign of life"),
     "one rank waits for ever": (5, functools.partial(broken, "sleeps"), "Late: rank 1 .*sleeps"),
-    "a loader worker is killed": (10, functools.partial(broken, "kills_a_worker", workers=1), "LoaderFault: .*SIGKILL"),
-    "NaN in a gradient of one rank": (10, functools.partial(broken, "puts_nan_into_a_gradient"), "NotFinite: .*gradient is not finite"),
-    "the disk is full": (10, on_small_disk, "No space left|is full"),
-    "the run folder is read-only": (10, read_only, "Read-only file system"),
-    "newest checkpoint: a file cut": (20, functools.partial(damaged, "truncated"), "trying the one before"),
-    "newest checkpoint: a bit flipped": (20, functools.partial(damaged, "flipped"), "trying the one before"),
-    "a shard of images is missing": (5, functools.partial(vanished, "before"), '"shard": '),
-    "a shard of images vanishes": (5, functools.partial(vanished, "during"), ""),
+    "a loader worker is killed": (5, functools.partial(broken, "kills_a_worker", workers=1), "LoaderFault: .*SIGKILL"),
+    "NaN in a gradient of one rank": (5, functools.partial(broken, "puts_nan_into_a_gradient"), "NotFinite: .*gradient is not finite"),
+    "the disk is full": (5, on_small_disk, "No space left|is full"),
+    "the run folder is read-only": (5, read_only, "Read-only file system"),
+    "newest checkpoint: a file cut": (10, functools.partial(damaged, "truncated"), "trying the one before"),
+    "newest checkpoint: a bit flipped": (10, functools.partial(damaged, "flipped"), "trying the one before"),
+    "a shard of images is missing": (3, functools.partial(vanished, "before"), '"shard": '),
+    "a shard of images vanishes": (3, functools.partial(vanished, "during"), ""),
+    "kill -9 of either rank, at any moment": (50, None, ""),
 }
 
 
@@ -279,10 +281,10 @@ def main():
                     rows.append(campaign(folder, draw))
         clear = sum(bool(re.search(message, row["said"])) for row in rows)
         row = {"fault": name, "times": len(rows), "hangs": sum(r["hangs"] for r in rows), "longest_s": round(max(r["seconds"] for r in rows), 1), "lost_steps": max(r["lost"] for r in rows),
-               "clear_message": clear, "identical": sum(r["identical"] for r in rows), "checkpoint_every": 1 if campaign is None else RUN.checkpoint_every}
+               "clear_message": clear, "recovered": sum(r["recovered"] for r in rows), "checkpoint_every": 1 if campaign is None else RUN.checkpoint_every}
         if campaign is None: row["while_saving"] = sum(r["saving"] for r in rows)
         print(json.dumps(row), flush=True)
-        if clear < len(rows) or row["identical"] < len(rows): bad += 1; print(next(r["said"] for r in rows if not (re.search(message, r["said"]) and r["identical"]))[-3000:])
+        if clear < len(rows) or row["recovered"] < len(rows): bad += 1; print(next(r["said"] for r in rows if not (re.search(message, r["said"]) and r["recovered"]))[-3000:])
         if args.results: MetricLog(args.results).log(**row)
     return bad
 
