@@ -178,7 +178,7 @@ def run_figure(
     fig.align_ylabels()
     return fig
 
-# %% ../nbs/44_monitor.ipynb #d30a16a6
+# %% ../nbs/44_monitor.ipynb #74ba270e
 class View(NamedTuple):
     "A text and a picture; in JupyterLab the widgets that redraw them."
     text: str            # shown first
@@ -208,7 +208,7 @@ def _html(text: str) -> str:
     "Return lines of text as HTML, warnings and errors in red."
     red = "color: var(--jp-error-color1, #b71c1c)"
     lines = [f'<span style="{red}">{html.escape(line)}</span>' if line.startswith(("warning:", "error:")) else html.escape(line) for line in text.splitlines()]
-    return f'<pre style="white-space: pre-wrap; line-height: 1.4; margin: 4px 0">{"<br>".join(lines)}</pre>'
+    return f'<pre style="white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; line-height: 1.4; margin: 4px 0">{"<br>".join(lines)}</pre>'
 
 # %% ../nbs/44_monitor.ipynb #856684db
 _views = {}   # folder -> the widget that watches it
@@ -291,7 +291,7 @@ def _field(value) -> str:
     import yaml
     return value if isinstance(value, str) else yaml.safe_dump(value).splitlines()[0]
 
-# %% ../nbs/44_monitor.ipynb #66f8d4cd
+# %% ../nbs/44_monitor.ipynb #d2858381
 def parameter_form(
     notebook,     # path of a notebook with a parameters cell
     submit=None,  # called with (notebook, parameters) by the button; what it returns is displayed. None: no button
@@ -306,12 +306,12 @@ def parameter_form(
     view = View("\n".join([shell_line(notebook), f"presets: {', '.join(presets) or 'none'}", "", *table]))
     if not live(): return view
     import ipywidgets as widgets
-    row, cell = widgets.Layout(flex="0 0 auto"), widgets.Layout(width="14em")
+    fixed = lambda width: widgets.Layout(width=width, flex="0 0 auto")
     choice = widgets.Dropdown(options={"the notebook's defaults": "", **{name: str(p) for name, p in presets.items()}}, layout=widgets.Layout(width="24em"))
-    boxes = {name: widgets.Text(continuous_update=name != "images", layout=cell) for name in cells}
+    boxes = {name: widgets.Text(continuous_update=name != "images", layout=fixed("16em")) for name in cells}
     notes = {name: widgets.HTML() for name in cells}
-    label = {name: widgets.Label(name, layout=widgets.Layout(width="12em")) for name in cells}
-    about, line, text, output = widgets.HTML(), widgets.HTML(), widgets.HTML(), widgets.Output()
+    label = {name: widgets.Label(name, layout=fixed("12em")) for name in cells}
+    about, text, output = widgets.HTML(), widgets.HTML(), widgets.Output()
     button = widgets.Button(description="Submit", button_style="primary")
     base, values = {}, {}
 
@@ -332,20 +332,23 @@ def parameter_form(
         values.update(found)
         for name, note in notes.items(): note.value = _html(f"error: {faults[name]}" if name in faults else cells[name]["help"])
         button.disabled = bool(faults)
-        line.value = _html(f"error: {len(faults)} of the fields cannot be used" if faults else shell_line(notebook, choice.value, changed))
-        text.value = _html("" if faults else yaml.safe_dump(found, sort_keys=False, allow_unicode=True) if found else "# nothing differs from the notebook")
+        same = yaml.safe_dump(found, sort_keys=False, allow_unicode=True) if found else "# nothing differs from the notebook"
+        text.value = _html("\n".join(f"error: {fault}" for fault in faults.values()) or f"# in a shell\n{shell_line(notebook, choice.value, changed)}\n\n# as a preset\n{same}")
 
     def go(_):
         output.clear_output()
-        with output: display(submit(notebook, dict(values)))
+        with output:
+            answer = submit(notebook, dict(values))
+            if answer is not None: display(answer)
 
     from IPython.display import display
     take_preset()
     choice.observe(take_preset, "value")
     for box in boxes.values(): box.observe(check, "value")
     button.on_click(go)
-    rows = widgets.VBox([widgets.HBox([label[n], boxes[n], notes[n]], layout=row) for n in cells], layout=widgets.Layout(max_height="22em", overflow="auto"))
-    return view._replace(widget=widgets.VBox([choice, about, rows, line, text, *([button, output] if submit else [])]))
+    rows = widgets.VBox([widgets.HBox([label[n], boxes[n], notes[n]], layout=fixed("auto")) for n in cells],
+                        layout=widgets.Layout(max_height="22em", overflow="auto", border="1px solid #cccccc", padding="4px"))
+    return view._replace(widget=widgets.VBox([choice, about, rows, text, *([button, output] if submit else [])]))
 
 # %% ../nbs/44_monitor.ipynb #2ef6cf27
 def explore(
