@@ -7,12 +7,13 @@ __all__ = ['read_rows', 'RunState', 'read_run', 'seconds_left', 'describe', 'run
            'check_fields', 'shell_line', 'parameter_form', 'explore', 'crop_explorer', 'sinkhorn_explorer',
            'regnet_explorer']
 
-# %% ../nbs/44_monitor.ipynb #293f4268
+# %% ../nbs/44_monitor.ipynb #28e94c2c
 import html
 import io
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import threading
@@ -65,7 +66,7 @@ def _text(path, last: int = 2**26) -> str:
             return f.read(last).decode(errors="replace")
     except OSError: return ""
 
-# %% ../nbs/44_monitor.ipynb #358b14ec
+# %% ../nbs/44_monitor.ipynb #8505c64f
 class RunState(NamedTuple):
     "What the files of a run say."
     path: Path
@@ -96,13 +97,19 @@ def read_run(
     import yaml
     run = RunDir(Path(run_dir))
     try: params = yaml.safe_load(_text(run.params, 2**20))
-    except (yaml.YAMLError, RecursionError): params = None
-    try: bad = bad_image_report(run.bad_images)
-    except (OSError, TypeError, KeyError): bad = {}
+    except (yaml.YAMLError, ValueError, RecursionError): params = None
+    try: bad = bad_image_report(run.bad_images) if run.bad_images.is_file() else {}
+    except (OSError, TypeError, KeyError, RecursionError): bad = {}
     logs = sorted((p for pattern in ("ranks/*.txt", "*.log", "*.out", "*.err", "*/*.log", "*/*.out", "*/*.err") for p in run.path.glob(pattern) if p.is_file()), key=_written)
     faults = [p.name for p in run.path.glob("not_finite_*") if _written(p) >= _written(run.metrics)]
     return RunState(run.path, params if isinstance(params, dict) else {}, read_rows(run.metrics), time.time() - _written(run.metrics), saved_steps(run.checkpoints),
-                    bad, {p.relative_to(run.path).as_posix(): _text(p, 4000).splitlines()[-6:] for p in logs[-3:]}, faults[0] if faults else "", run.backbone.exists())
+                    bad, {p.relative_to(run.path).as_posix(): _tail(p) for p in logs[-3:]}, faults[0] if faults else "", run.backbone.exists())
+
+
+def _tail(path) -> list:
+    "Return the last lines of a log, without colours, and of a progress bar what it showed last."
+    lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line.rstrip("\r").rpartition("\r")[2])[:300] for line in _text(path, 4000).split("\n")]
+    return [line for line in lines if line.strip()][-6:]
 
 
 def _written(path) -> float:
@@ -110,7 +117,7 @@ def _written(path) -> float:
     try: return path.stat().st_mtime
     except OSError: return -math.inf
 
-# %% ../nbs/44_monitor.ipynb #d402133d
+# %% ../nbs/44_monitor.ipynb #4ef7082f
 def _duration(seconds: float) -> str:
     "Say a duration in one unit."
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
@@ -119,7 +126,7 @@ def _duration(seconds: float) -> str:
 
 
 def seconds_left(
-    run: RunState,
+    run: RunState,  # of read_run
 ) -> float:
     "Return the seconds until the last step at the median speed of the last ten rows, or NaN."
     speeds = [row["images_per_s"] for row in run.rows[-10:] if row.get("images_per_s")]
@@ -127,7 +134,7 @@ def seconds_left(
 
 
 def describe(
-    run: RunState,
+    run: RunState,  # of read_run
 ) -> str:
     "Say in a few lines how far a run is, how long it takes, how well it goes, and what is wrong."
     if not run.path.exists(): return f"no folder {run.path.name} yet: the run has not started"
@@ -152,7 +159,7 @@ def describe(
     for name, tail in run.logs.items(): lines += [f"── {name}", *tail]
     return "\n".join(line for line in lines if line)
 
-# %% ../nbs/44_monitor.ipynb #4b37597b
+# %% ../nbs/44_monitor.ipynb #cbc17945
 def _figure(width: float, height: float):
     "Return a matplotlib figure that pyplot does not know, so that any thread may draw it."
     from matplotlib.figure import Figure
@@ -160,7 +167,7 @@ def _figure(width: float, height: float):
 
 
 def run_figure(
-    run: RunState,
+    run: RunState,  # of read_run
 ):
     "Draw loss with the ln K line, speed, use of the prototypes and share of waiting; return the figure."
     fig = _figure(8, 4)
@@ -291,16 +298,20 @@ def _field(value) -> str:
     import yaml
     return value if isinstance(value, str) else yaml.safe_dump(value).splitlines()[0]
 
-# %% ../nbs/44_monitor.ipynb #d2858381
+# %% ../nbs/44_monitor.ipynb #7b0cbeb2
 def parameter_form(
     notebook,     # path of a notebook with a parameters cell
     submit=None,  # called with (notebook, parameters) by the button; what it returns is displayed. None: no button
 ) -> View:
-    "Show the parameters of a notebook as a form, with presets, errors beside the fields, and the same as a shell line and as YAML."
+    """Show the parameters of a notebook as a form, with presets, errors beside the fields, and the same as a shell line and as YAML.
+
+    Raises `ValueError` for a notebook without parameters.
+    """
     import yaml
     from papermill import inspect_notebook
     cls, presets = parameters_of(notebook), presets_of(notebook)
     cells = {name: p for name, p in inspect_notebook(str(notebook)).items() if name != "preset"}
+    if not cells: raise ValueError(f"{notebook} has no parameters: give one cell the tag 'parameters'")
     wide = max(map(len, cells))
     table = [f"{name:{wide}}  {_field(getattr(cls(), name)) or '(empty)':20}  {p['help']}" for name, p in cells.items()]
     view = View("\n".join([shell_line(notebook), f"presets: {', '.join(presets) or 'none'}", "", *table]))
@@ -401,7 +412,7 @@ def crop_explorer(
     shares = [x / 100 for x in range(2, 101, 2)]
     return explore(draw, seed=(0, range(50)), min_large=(0.14, shares), max_small=(0.14, shares), min_small=(0.05, shares), strength=(1.0, [x / 4 for x in range(9)]))
 
-# %% ../nbs/44_monitor.ipynb #248b0f2f
+# %% ../nbs/44_monitor.ipynb #aec055d6
 def sinkhorn_explorer(
     scores_BK,  # float [B, K], cosines of a batch with the prototypes
 ) -> View:
@@ -415,8 +426,8 @@ def sinkhorn_explorer(
         fig = _figure(9, 2.9)
         left, middle, right = fig.subplots(1, 3)
         some = codes_BK[torch.linspace(0, B - 1, min(B, 40)).long()]
-        left.imshow(some[some.argmax(1).argsort()].numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
-        left.set(xlabel="prototype", ylabel="image", title="codes", xticks=[], yticks=[])
+        left.imshow(some[some.argmax(1).argsort()].sqrt().numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+        left.set(xlabel="prototype", ylabel="image", title="codes (square root)", xticks=[], yticks=[])
         for values, at, role, label in zip(entropy, share, ("here", "chance"), ("Sinkhorn", "softmax")):
             middle.hist(values.numpy(), bins=30, range=(0, 1.05 * math.log(K)), color=PALETTE[role], alpha=0.7, label=label)
             right.plot(range(1, K + 1), at.numpy(), color=PALETTE[role], label=label)
