@@ -66,7 +66,7 @@ def _text(path, last: int = 2**26) -> str:
             return f.read(last).decode(errors="replace")
     except OSError: return ""
 
-# %% ../nbs/44_monitor.ipynb #8505c64f
+# %% ../nbs/44_monitor.ipynb #f34ce595
 class RunState(NamedTuple):
     "What the files of a run say."
     path: Path
@@ -89,7 +89,7 @@ class RunState(NamedTuple):
         value = self.params.get(name)
         return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
-
+# %% ../nbs/44_monitor.ipynb #fe5bd96a
 def read_run(
     run_dir,  # the folder; it need not exist yet
 ) -> RunState:
@@ -298,39 +298,24 @@ def _field(value) -> str:
     import yaml
     return value if isinstance(value, str) else yaml.safe_dump(value).splitlines()[0]
 
-# %% ../nbs/44_monitor.ipynb #7b0cbeb2
-def parameter_form(
-    notebook,     # path of a notebook with a parameters cell
-    submit=None,  # called with (notebook, parameters) by the button; what it returns is displayed. None: no button
-) -> View:
-    """Show the parameters of a notebook as a form, with presets, errors beside the fields, and the same as a shell line and as YAML.
-
-    Raises `ValueError` for a notebook without parameters.
-    """
-    import yaml
-    from papermill import inspect_notebook
-    cls, presets = parameters_of(notebook), presets_of(notebook)
-    cells = {name: p for name, p in inspect_notebook(str(notebook)).items() if name != "preset"}
-    if not cells: raise ValueError(f"{notebook} has no parameters: give one cell the tag 'parameters'")
-    wide = max(map(len, cells))
-    table = [f"{name:{wide}}  {_field(getattr(cls(), name)) or '(empty)':20}  {p['help']}" for name, p in cells.items()]
-    view = View("\n".join([shell_line(notebook), f"presets: {', '.join(presets) or 'none'}", "", *table]))
-    if not live(): return view
+# %% ../nbs/44_monitor.ipynb #24d347d1
+def _form(notebook, submit, cls, helps):
+    "Return the widgets of `parameter_form`; `helps` has the names of the fields and their comments."
     import ipywidgets as widgets
+    import yaml
     fixed = lambda width: widgets.Layout(width=width, flex="0 0 auto")
-    choice = widgets.Dropdown(options={"the notebook's defaults": "", **{name: str(p) for name, p in presets.items()}}, layout=widgets.Layout(width="24em"))
-    boxes = {name: widgets.Text(continuous_update=name != "images", layout=fixed("16em")) for name in cells}
-    notes = {name: widgets.HTML() for name in cells}
-    label = {name: widgets.Label(name, layout=fixed("12em")) for name in cells}
-    about, text, output = widgets.HTML(), widgets.HTML(), widgets.Output()
-    button = widgets.Button(description="Submit", button_style="primary")
-    base, values = {}, {}
+    files = {"the notebook's defaults": "", **{name: str(path) for name, path in presets_of(notebook).items()}}
+    choice = widgets.Dropdown(options=files, layout=widgets.Layout(width="24em"))
+    boxes = {name: widgets.Text(continuous_update=name != "images", layout=fixed("16em")) for name in helps}
+    notes = {name: widgets.HTML() for name in helps}
+    about, text, button, output = widgets.HTML(), widgets.HTML(), widgets.Button(description="Submit", button_style="primary"), widgets.Output()
+    base, values = {}, {}                                               # texts of the chosen preset; parameters as they stand
 
     def take_preset(_=None):
         base.clear()
-        try: chosen = {name: getattr(cls(), name) for name in cells} | read_params(cls, choice.value)
+        try: chosen = {name: getattr(cls(), name) for name in helps} | read_params(cls, choice.value)
         except (ValueError, TypeError, yaml.YAMLError) as error: about.value = _html(f"error: {error}"); return
-        about.value = _html("\n".join(x[2:] for x in _text(choice.value).splitlines() if x.startswith("# ")))
+        about.value = _html("\n".join(line[2:] for line in _text(choice.value).splitlines() if line.startswith("# ")))
         for name, box in boxes.items(): box.value = _field(chosen[name])
         base.update({name: box.value for name, box in boxes.items()})
         check()
@@ -341,25 +326,41 @@ def parameter_form(
         found, faults = check_fields(cls, choice.value, changed)
         values.clear()
         values.update(found)
-        for name, note in notes.items(): note.value = _html(f"error: {faults[name]}" if name in faults else cells[name]["help"])
+        for name, note in notes.items(): note.value = _html(f"error: {faults[name]}" if name in faults else helps[name])
         button.disabled = bool(faults)
-        same = yaml.safe_dump(found, sort_keys=False, allow_unicode=True) if found else "# nothing differs from the notebook"
-        text.value = _html("\n".join(f"error: {fault}" for fault in faults.values()) or f"# in a shell\n{shell_line(notebook, choice.value, changed)}\n\n# as a preset\n{same}")
+        preset = yaml.safe_dump(found, sort_keys=False, allow_unicode=True) if found else "# nothing differs from the notebook"
+        text.value = _html("\n".join(f"error: {fault}" for fault in faults.values()) or f"# in a shell\n{shell_line(notebook, choice.value, changed)}\n\n# as a preset\n{preset}")
 
     def go(_):
+        from IPython.display import display
         output.clear_output()
         with output:
             answer = submit(notebook, dict(values))
             if answer is not None: display(answer)
 
-    from IPython.display import display
     take_preset()
     choice.observe(take_preset, "value")
     for box in boxes.values(): box.observe(check, "value")
     button.on_click(go)
-    rows = widgets.VBox([widgets.HBox([label[n], boxes[n], notes[n]], layout=fixed("auto")) for n in cells],
-                        layout=widgets.Layout(max_height="22em", overflow="auto", border="1px solid #cccccc", padding="4px"))
-    return view._replace(widget=widgets.VBox([choice, about, rows, text, *([button, output] if submit else [])]))
+    rows = [widgets.HBox([widgets.Label(name, layout=fixed("12em")), boxes[name], notes[name]], layout=fixed("auto")) for name in helps]
+    scroll = widgets.Layout(max_height="22em", overflow="auto", border="1px solid #cccccc", padding="4px")
+    return widgets.VBox([choice, about, widgets.VBox(rows, layout=scroll), text, *([button, output] if submit else [])])
+
+# %% ../nbs/44_monitor.ipynb #46043fa7
+def parameter_form(
+    notebook,     # path of a notebook with a parameters cell
+    submit=None,  # called with (notebook, parameters) by the button; what it returns is displayed. None: no button
+) -> View:
+    """Show the parameters of a notebook as a form, with presets, errors beside the fields, and the same as a shell line and as YAML.
+
+    Raises `ValueError` for a notebook without parameters.
+    """
+    from papermill import inspect_notebook
+    cls, helps = parameters_of(notebook), {name: p["help"] for name, p in inspect_notebook(str(notebook)).items() if name != "preset"}
+    if not helps: raise ValueError(f"{notebook} has no parameters: give one cell the tag 'parameters'")
+    table = [f"{name:{max(map(len, helps))}}  {_field(getattr(cls(), name)) or '(empty)':20}  {text}" for name, text in helps.items()]
+    lines = [shell_line(notebook), f"presets: {', '.join(presets_of(notebook)) or 'none'}", "", *table]
+    return View("\n".join(lines), widget=_form(notebook, submit, cls, helps) if live() else None)
 
 # %% ../nbs/44_monitor.ipynb #2ef6cf27
 def explore(
