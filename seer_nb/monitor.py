@@ -66,7 +66,7 @@ def _text(path, last: int = 2**26) -> str:
             return f.read(last).decode(errors="replace")
     except OSError: return ""
 
-# %% ../nbs/44_monitor.ipynb #f34ce595
+# %% ../nbs/44_monitor.ipynb #08f44130
 class RunState(NamedTuple):
     "What the files of a run say."
     path: Path
@@ -83,6 +83,11 @@ class RunState(NamedTuple):
     def step(self) -> int:
         "The last step that is known."
         return max([row["step"] for row in self.rows[-1:]] + self.checkpoints[-1:], default=0)
+
+    @property
+    def over(self) -> bool:
+        "Whether the backbone is written and no step is missing."
+        return self.finished and not self.step < self.number("steps")
 
     def number(self, name: str) -> float:
         "Return a number from params.yaml, or NaN."
@@ -117,7 +122,7 @@ def _written(path) -> float:
     try: return path.stat().st_mtime
     except OSError: return -math.inf
 
-# %% ../nbs/44_monitor.ipynb #4ef7082f
+# %% ../nbs/44_monitor.ipynb #9941c127
 def _duration(seconds: float) -> str:
     "Say a duration in one unit."
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
@@ -140,7 +145,7 @@ def describe(
     if not run.path.exists(): return f"no folder {run.path.name} yet: the run has not started"
     steps, K = run.number("steps"), run.number("n_prototypes")
     left, lines = seconds_left(run), [f"step {run.step:,}" + (f" of {steps:,} ({run.step / steps:.0%})" if steps > 0 else "")]
-    if run.finished and not run.step < steps: lines[0] += ", finished"
+    if run.over: lines[0] += ", finished"
     elif run.fault: lines[0] += f", stopped: the loss is not finite, see {run.fault}"
     elif not run.rows: lines[0] += ", no row of metrics yet"
     else:
@@ -217,7 +222,7 @@ def _html(text: str) -> str:
     lines = [f'<span style="{red}">{html.escape(line)}</span>' if line.startswith(("warning:", "error:")) else html.escape(line) for line in text.splitlines()]
     return f'<pre style="white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; line-height: 1.4; margin: 4px 0">{"<br>".join(lines)}</pre>'
 
-# %% ../nbs/44_monitor.ipynb #856684db
+# %% ../nbs/44_monitor.ipynb #00c324bc
 _views = {}   # folder -> the widget that watches it
 
 
@@ -237,7 +242,7 @@ def watch(
     _views[key] = box
 
     def follow(run):
-        while box.comm is not None and not (run.finished and run.step >= run.number("steps")):
+        while box.comm is not None and not run.over:
             time.sleep(every)
             rows, run = run.rows, read_run(run_dir)
             text.value = _html(describe(run))
@@ -298,7 +303,7 @@ def _field(value) -> str:
     import yaml
     return value if isinstance(value, str) else yaml.safe_dump(value).splitlines()[0]
 
-# %% ../nbs/44_monitor.ipynb #24d347d1
+# %% ../nbs/44_monitor.ipynb #c75b4499
 def _form(notebook, submit, cls, helps):
     "Return the widgets of `parameter_form`; `helps` has the names of the fields and their comments."
     import ipywidgets as widgets
@@ -314,7 +319,9 @@ def _form(notebook, submit, cls, helps):
     def take_preset(_=None):
         base.clear()
         try: chosen = {name: getattr(cls(), name) for name in helps} | read_params(cls, choice.value)
-        except (ValueError, TypeError, yaml.YAMLError) as error: about.value = _html(f"error: {error}"); return
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            about.value, text.value, button.disabled = _html(f"error: {error}"), "", True
+            return
         about.value = _html("\n".join(line[2:] for line in _text(choice.value).splitlines() if line.startswith("# ")))
         for name, box in boxes.items(): box.value = _field(chosen[name])
         base.update({name: box.value for name, box in boxes.items()})

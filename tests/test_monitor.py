@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -137,6 +138,25 @@ def test_without_ipywidgets_there_is_a_figure(tmp_path, lab, monkeypatch):
     assert view.widget is None and PNG in view.png
 
 
+def test_the_view_follows_a_run_to_its_end(tmp_path, lab):
+    box = watch(tmp_path / "run", every=0.01).widget
+    follower, empty = threading.enumerate()[-1], box.children[1].value
+    assert "not started" in box.children[0].value
+    run_folder(tmp_path / "run", (10, 100))
+    (tmp_path / "run/backbone.safetensors").touch()
+    follower.join(60)
+    assert not follower.is_alive() and "100 of 100 (100%), finished" in box.children[0].value and box.children[1].value != empty
+
+
+def test_a_second_view_of_a_run_replaces_the_first(tmp_path, lab):
+    first = watch(tmp_path / "run", every=0.01).widget
+    follower = threading.enumerate()[-1]
+    second = watch(tmp_path / "run", every=0.01).widget
+    follower.join(60)
+    assert not follower.is_alive() and first.comm is None and second.comm is not None
+    second.close()
+
+
 def test_what_files_say_is_no_html(tmp_path, lab):
     run = run_folder(tmp_path / "run", steps=(100,))
     MetricLog(run / "metrics.jsonl").log(step=101, loss=1.0, warnings=["<script>alert(1)</script>"])
@@ -205,6 +225,17 @@ def test_form_offers_every_parameter_and_submits_what_it_shows(lab):
 
 def test_a_notebook_without_parameters():
     with pytest.raises(ValueError, match="has no parameters"): parameter_form(TOP / "nbs/01_core.ipynb")
+
+
+def test_a_broken_preset_is_told_and_not_sent(tmp_path, lab):
+    shutil.copy(PRETRAIN, tmp_path)
+    (tmp_path / "params/pretrain").mkdir(parents=True)
+    (tmp_path / "params/pretrain/mine.yaml").write_text("stepz: 5\n")
+    choice, about, rows, text, button, _ = parameter_form(tmp_path / PRETRAIN.name, submit=print).widget.children
+    choice.value = str(tmp_path / "params/pretrain/mine.yaml")
+    assert "did you mean &#x27;steps&#x27;" in about.value and button.disabled
+    choice.value = ""
+    assert not button.disabled and "nothing differs" in text.value
 
 
 def test_form_without_submit_has_no_button(lab): assert "Button" not in str(parameter_form(PRETRAIN).widget.children)
