@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-notebooks  ## pretrain, evaluate, report: [PRESET=smoke
 
 test: $(VENV)/.installed-dev  ## run every notebook, then pytest
 	OMP_NUM_THREADS=1 "$(VENV)/bin/nbdev_test" --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -rs
 
 lab: $(VENV)/.installed-notebooks  ## open the notebooks in JupyterLab: [ARGS=--no-browser]
 	@$(PY) -m jupyter lab --notebook-dir nbs $(ARGS)

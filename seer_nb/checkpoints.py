@@ -254,7 +254,7 @@ class SavedTensors(Mapping):
         if wrong: raise ValueError(f"the checkpoint does not fit the run: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
         for name, piece in pieces.items(): self._copy(name, piece.offsets, piece.local)
 
-# %% ../nbs/42_checkpoints.ipynb #2aee6f3e
+# %% ../nbs/42_checkpoints.ipynb #61bfa00e
 class Checkpoint(NamedTuple):
     "What was saved: `step, tensors, numbers = checkpoint`."
     step: int              # optimizer steps taken
@@ -272,7 +272,7 @@ def _check_file(path, wanted):
         while block := file.read(2**22): digest.update(block)
     if digest.hexdigest() != wanted["sha256"]: raise ValueError(f"the bytes of {path.name} have changed")
 
-
+# %% ../nbs/42_checkpoints.ipynb #cd3ca452
 def open_checkpoint(
     folder,               # one checkpoint
     rank: int = 0,        # this process checks the files rank, rank + world_size, …

@@ -145,7 +145,7 @@ def environment_text() -> str:
     packages = sorted({(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}.items())
     return "\n".join(lines + [f"{name}=={version}" for name, version in packages]) + "\n"
 
-# %% ../nbs/01_core.ipynb #5cda40cd
+# %% ../nbs/01_core.ipynb #f6ee73bd
 def project_folder() -> Path:
     "Return the nearest folder, from the current one upwards, that holds settings.ini; else the current one."
     here = Path.cwd()
@@ -180,24 +180,25 @@ class RunDir:
 
     def begin(
         self,
-        config,  # a dataclass
+        config,          # a dataclass
+        may_change=(),   # names of parameters that say where and how, not what is computed
     ):
         """Write `params.yaml` and `environment.txt`, or check that the folder belongs to this very run.
 
-        Raises `ValueError` if the folder holds a run with other parameters.
+        Raises `ValueError` if the folder holds a run with other parameters. A parameter that is newer than the folder had its default.
         """
-        new = {k: v for k, v in dataclasses.asdict(config).items() if k != "run_dir"}
-        text = "".join(f"{k}: {json.dumps(v)}\n" for k, v in new.items())   # JSON values are valid YAML
+        new = {k: json.dumps(v) for k, v in dataclasses.asdict(config).items() if k != "run_dir"}
+        text = "".join(f"{k}: {v}\n" for k, v in new.items())              # JSON values are valid YAML
         if self.params.exists():
-            old = dict(line.split(": ", 1) for line in self.params.read_text().splitlines())
-            differs = [k for k in {**old, **new} if old.get(k) != json.dumps(new.get(k))]
+            defaults = {f.name: json.dumps(f.default) for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+            old = defaults | dict(line.split(": ", 1) for line in self.params.read_text().splitlines())
+            differs = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in ("run_dir", *may_change)]
             if differs:
                 k = differs[0]
-                raise ValueError(f"{self.path} holds a run with other parameters: {k} was {old.get(k)}, now {json.dumps(new.get(k))}"
+                raise ValueError(f"{self.path} holds a run with other parameters: {k} was {old.get(k)}, now {new.get(k)}"
                                  f" ({len(differs)} differ). Choose another run_dir, or remove the folder.")
-            return
-        write_atomic(self.params, text)
-        write_atomic(self.environment, environment_text())
+        else: write_atomic(self.environment, environment_text())
+        if not self.params.exists() or self.params.read_text() != text: write_atomic(self.params, text)
 
 # %% ../nbs/01_core.ipynb #05d2f059
 def watched() -> bool:

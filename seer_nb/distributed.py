@@ -71,7 +71,7 @@ def find_place(
         return Place(rank, world_size, local_rank, host, int(environment.get("MASTER_PORT", port)))
     return Place()
 
-# %% ../nbs/40_distributed.ipynb #6db74876
+# %% ../nbs/40_distributed.ipynb #da7ba844
 _SCRIPT = """\
 import sys
 sys.path[:] = {path!r}
@@ -127,7 +127,7 @@ def start_ranks(
             processes.append(None if r in absent else subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out))
     return Ranks(processes, folder)
 
-
+# %% ../nbs/40_distributed.ipynb #4202bbd6
 def run_ranks(
     function,              # as for `start_ranks`; what it returns: tensors, numbers, text, lists and dicts of them
     n: int,                # number of processes
@@ -208,7 +208,7 @@ def _roll_call(store, place, timeout):
     raise TimeoutError(f"{_names(missing)} of {place.world_size} did not arrive within {timeout:g} s. Look at the log and the machine of each; "
                        "all ranks must be started together (torchrun, srun)")
 
-# %% ../nbs/40_distributed.ipynb #3c634494
+# %% ../nbs/40_distributed.ipynb #0e759f9b
 def _open_store(place, timeout):
     "Connect to the store in rank 0, or in torchrun itself where that keeps one."
     serve = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -223,7 +223,7 @@ def _open_store(place, timeout):
     except dist.DistError as error: raise RuntimeError(f"rank {place.rank} cannot open {place.host}:{place.port}: {str(error).splitlines()[0]}") from None
     return dist.PrefixStore(f"seer_nb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
-
+# %% ../nbs/40_distributed.ipynb #50775953
 def _choose_device(device, local_rank):
     "Return the device of a local rank."
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -466,7 +466,7 @@ def find_lost(
     text = f"no step for {stall:g} s. Late: " + "; ".join(f"rank {r} ({who[r]}), {reports[r]}" for r in late[:8])
     return text + (f". Waiting for it: {_names(others)}, {reports[others[0]]}" if others else "")
 
-# %% ../nbs/40_distributed.ipynb #bf757c07
+# %% ../nbs/40_distributed.ipynb #909918ab
 RANK_LOST = 75   # exit status of a process whose watchdog gave up: EX_TEMPFAIL, "try again"
 
 
@@ -492,7 +492,7 @@ class Watchdog:
     ):
         self.folder, self.silence, self.stall = folder, silence, stall
         self.every = min(5.0, silence / 10, stall / 10)                     # seconds between heartbeats
-        self.step, self.state, self.leaving, self.verdict, self.broken, self.over = None, "runs", False, None, "", threading.Event()
+        self.step, self.state, self.leaving, self.failed, self.verdict, self.broken, self.over = None, "runs", False, False, None, "", threading.Event()
 
     def beat(
         self,
@@ -515,7 +515,9 @@ class Watchdog:
         for work in (self._talk, self._judge): threading.Thread(target=work, daemon=True).start()
         return self
 
-    def _write(self): self.store.set(f"rank/{self.rank}", json.dumps(Report(self.step, *whereabouts(self.main), self.state, time.monotonic())))
+    def _write(self):
+        where = ("the end, since its collective failed", True) if self.failed else whereabouts(self.main)
+        self.store.set(f"rank/{self.rank}", json.dumps(Report(self.step, *where, self.state, time.monotonic())))
 
     def _pause(self): return self.over.wait(min(self.every, 0.2) if self.leaving else self.every)
 
@@ -578,8 +580,8 @@ class Watchdog:
 
     def __exit__(self, kind, error, trace):
         self.leaving = True
-        follows = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))   # of another rank's fault
-        if error is not None and not (follows and len(self.who) > 1):
+        self.failed = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))   # of another rank's fault
+        if error is not None and not (self.failed and len(self.who) > 1):
             self.state = f"raised {kind.__name__}: {str(error)[:500]}"
             with contextlib.suppress(dist.DistError): self._write()
             if self.rank or len(self.who) == 1: self.over.set()

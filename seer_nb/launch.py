@@ -482,7 +482,7 @@ def submit(
     _keep_id(run, number)
     return find_job(run.path)
 
-# %% ../nbs/43_launch.ipynb #b5bb7088
+# %% ../nbs/43_launch.ipynb #14d9ca19
 def _prepare(notebook, params, resources):
     "Return run folder and parameters of a job that can be sent; writes nothing."
     config = check_run(notebook, params, resources.ranks)
@@ -495,8 +495,8 @@ def _prepare(notebook, params, resources):
 
 def _snapshot(run, notebook, config, resources, cluster, logs):
     "Write what the job needs; for a pretraining raise `ValueError` if the folder holds another run."
-    from seer_nb.trainer import PretrainConfig
-    if isinstance(config, PretrainConfig): run.begin(config)
+    from seer_nb.trainer import MAY_CHANGE, PretrainConfig
+    if isinstance(config, PretrainConfig): run.begin(config, MAY_CHANGE)
     write_atomic(run.environment, environment_text())
     source = run.path / "source.ipynb"
     if not (source.exists() and source.samefile(notebook)): write_atomic(source, Path(notebook).read_bytes())
@@ -579,14 +579,13 @@ def _parser():
                            help=f"{comments[field.name]} (default: {'none' if field.default == '' else field.default})")
     return parser
 
-# %% ../nbs/43_launch.ipynb #4b006047
+# %% ../nbs/43_launch.ipynb #2fd1acf8
 def memory_text(
     config,                # PretrainConfig
     resources: Resources,
 ) -> str:
     "Predict the memory of one GPU, in lines. Raises `ValueError` if the batch does not divide."
-    from seer_nb.sharding import NO_CUTS, memory_plan
-    from seer_nb.trainer import DTYPES
+    from seer_nb.sharding import DTYPES, NO_CUTS, memory_plan
     plan = memory_plan(config, resources.ranks, resources.gpu_gib, cuts=config.parts() if config.cuts else NO_CUTS, padded=config.padded,
                        reduce_dtype=DTYPES[config.reduce_precision], reshard_after_forward=config.reshard, offload=config.offload)
     lines = [f"{name:12} {gib:8.1f} GiB" for name, gib in {**plan.parts, "total": plan.total}.items()]

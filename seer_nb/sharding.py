@@ -317,7 +317,7 @@ class PaddedSwAV(SwAV):
         embeddings, scores = self.head(features)
         return list(embeddings.chunk(len(crops))), list(scores.chunk(len(crops)))
 
-# %% ../nbs/41_sharding.ipynb #2704de5c
+# %% ../nbs/41_sharding.ipynb #82a189ee
 class MemoryPlan(NamedTuple):
     "What a run needs per GPU."
     parts: dict    # name -> GiB, at the fullest moment
@@ -326,7 +326,7 @@ class MemoryPlan(NamedTuple):
     host: float    # GiB of host memory per GPU
     advice: str    # what to change; empty if it fits
 
-
+# %% ../nbs/41_sharding.ipynb #ff72aeeb
 @functools.lru_cache(maxsize=64)
 def _two_images(name, size, dtype):
     with torch.device("meta"): return activation_bytes(regnety(name), 2, size, dtype)
@@ -358,7 +358,7 @@ def _demand(config, features, sizes, n_gpus, cuts, padded, reduce_bytes, reshard
         "crops, head": images * sum(3 * s * s for s in sides) * 4 + rows * (width * b + 4 * 4 * config.n_prototypes),
     }, state
 
-
+# %% ../nbs/41_sharding.ipynb #524e6c29
 def memory_plan(
     config,                      # a PretrainConfig, or anything with its names
     n_gpus: int,                 # ranks that share the state

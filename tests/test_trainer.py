@@ -171,7 +171,8 @@ def test_one_process_that_splits_its_weights(tmp_path, changes, uninterrupted):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", told_after(6))
         with pytest.raises(Preempted): pretrain(part)
-    pretrain(part)
+    pretrain(dataclasses.replace(part, workers=1, checkpoint_every=5, keep=3))   # where and how may change; what is computed may not
+    with pytest.raises(ValueError, match="holds a run with other parameters: peak_rate"): pretrain(dataclasses.replace(part, peak_rate=1.0))
     assert weights(tmp_path / "part") == weights(tmp_path / "run")
 
 
