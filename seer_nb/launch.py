@@ -55,9 +55,9 @@ def notebook_name(
     "Return a notebook's name without folder and number, e.g. `quickstart`."
     return re.sub(r"^\d+_", "", Path(notebook).stem)
 
-# %% ../nbs/43_launch.ipynb #3f95b006
+# %% ../nbs/43_launch.ipynb #b7a79234
 def read_params(
-    cls,              # dataclass of `parameters_of`
+    cls,              # a dataclass, such as `parameters_of` returns
     preset="",        # YAML file of name: value lines
     overrides=(),     # (name, text) pairs that win over the preset
 ) -> dict:
@@ -71,10 +71,18 @@ def read_params(
             known = sorted(p.stem for p in path.parent.glob("*.yaml"))
             raise ValueError(f"no preset {path.stem!r}{did_you_mean(path.stem, known)}; there are: {', '.join(known) or 'none'}")
         params = yaml.safe_load(path.read_text()) or {}
-    types = {f.name: f.type for f in dataclasses.fields(cls)}
-    for name, text in overrides: params[name] = text if types.get(name) == "str" else yaml.safe_load(text)
+    types = {f.name: getattr(f.type, "__name__", f.type) for f in dataclasses.fields(cls)}
+    for name, text in overrides: params[name] = _value(text, types.get(name))
     config = make_config(cls, params)
     return {name: getattr(config, name) for name in params}
+
+
+def _value(text, kind):
+    import yaml
+    if kind == "str": return text
+    if kind == "float":
+        with contextlib.suppress(ValueError): return float(text)            # YAML takes 1e-5 for a text
+    return yaml.safe_load(text)
 
 # %% ../nbs/43_launch.ipynb #82069e9c
 def check_run(
@@ -94,7 +102,7 @@ def check_run(
         open_images(params["images"])
     return config
 
-# %% ../nbs/43_launch.ipynb #cef99a73
+# %% ../nbs/43_launch.ipynb #3118f4f3
 _LISTEN = """
 import signal, sys
 def stop(number, frame):
@@ -109,7 +117,8 @@ def _start_kernel(km):
     "Start a kernel with signals blocked: to be called in a thread, which takes the block along."
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     listen = f"--InteractiveShellApp.exec_lines=exec({_LISTEN!r}, {{}})"
-    asyncio.run(km.start_kernel(extra_arguments=[listen, "--HistoryManager.hist_file=:memory:"], env={**KEEP_FREED_MEMORY, **os.environ}))
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_SESSION_NAME"}           # nobody watches it, even if it is started from JupyterLab
+    asyncio.run(km.start_kernel(extra_arguments=[listen, "--HistoryManager.hist_file=:memory:"], env={**KEEP_FREED_MEMORY, **environment}))
     return km.provisioner.process
 
 
