@@ -175,7 +175,7 @@ def build_training(
     queue = Queue(_share(config.queue_length, "queue_length"), config.out_features, config.n_large).to(device) if config.queue_length else None
     return Training(model, optimizer, queue, torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"))
 
-# %% ../nbs/32_trainer.ipynb #c48d6911
+# %% ../nbs/32_trainer.ipynb #cadb1a3e
 class NotFinite(FloatingPointError):
     "The loss became NaN or infinite; `scores` and `codes` are those of that step."
 
@@ -183,7 +183,7 @@ class NotFinite(FloatingPointError):
         super().__init__(message)
         self.scores, self.codes = scores, codes
 
-
+# %% ../nbs/32_trainer.ipynb #8bf1079f
 def train_step(
     training: Training,      # changed in place
     crops: list,             # V uint8 batches [B, 3, s, s], large first
@@ -363,7 +363,7 @@ def _stop(run, reason, step, scores, codes):
     raise NotFinite(f"{reason}; scores and codes are in {dump.name}, the last good checkpoint is {kept[-1]}. "
                     "Lower peak_rate or raise epsilon, in a new run_dir.", scores, codes) from None
 
-# %% ../nbs/32_trainer.ipynb #09e3fab9
+# %% ../nbs/32_trainer.ipynb #702b97b4
 class RunResult(NamedTuple):
     "What a pretraining run leaves."
     run_dir: Path     # the folder
@@ -376,7 +376,26 @@ class RunResult(NamedTuple):
 class Preempted(RuntimeError):
     "The run was told to stop before its end, and has saved its state; the same call goes on."
 
+# %% ../nbs/32_trainer.ipynb #24a451a5
+def _continue(config, source, run, device, watchdog, manager, request):
+    "Take a run from its newest checkpoint, or from its start, to its end or until it is told to stop, and return the step."
+    training, losses = build_training(config, device), []
+    found = manager.load()
+    if found:
+        found.tensors.fill(pack(training))
+        training.step, losses = found.step, found.numbers["losses"]
+        training.scaler.load_state_dict(found.numbers["scaler"])
+        if is_main(): print(f"continuing at step {training.step} of {config.steps}")
+    record = _recorder(config, run, training.step) if is_main() else None
+    if training.step < config.steps:
+        loader = build_loader(config, source, training.step, run.bad_images, pin_memory=device.type == "cuda")
+        with guarded(loader) as batches: _loop(config, training, batches, run, record, losses, device, watchdog, manager, request)
+    manager.wait()
+    if training.step == config.steps and is_main(): export_backbone(run.checkpoints, run.backbone)
+    barrier()
+    return training.step
 
+# %% ../nbs/32_trainer.ipynb #e45a79b1
 def pretrain(
     config: PretrainConfig,  # the run
 ) -> RunResult:
@@ -405,22 +424,3 @@ def pretrain(
         if step < config.steps: raise Preempted(f"told to stop; step {step} of {config.steps} is saved, and the same call goes on from there: run_dir {run.path}")
     rows = MetricLog(run.metrics).rows()
     return RunResult(run.path, config.steps, rows[-1]["loss"] if rows else math.nan, run.backbone, bad_image_report(run.bad_images))
-
-
-def _continue(config, source, run, device, watchdog, manager, request):
-    "Take a run from its newest checkpoint, or from its start, to its end or until it is told to stop, and return the step."
-    training, losses = build_training(config, device), []
-    found = manager.load()
-    if found:
-        found.tensors.fill(pack(training))
-        training.step, losses = found.step, found.numbers["losses"]
-        training.scaler.load_state_dict(found.numbers["scaler"])
-        if is_main(): print(f"continuing at step {training.step} of {config.steps}")
-    record = _recorder(config, run, training.step) if is_main() else None
-    if training.step < config.steps:
-        loader = build_loader(config, source, training.step, run.bad_images, pin_memory=device.type == "cuda")
-        with guarded(loader) as batches: _loop(config, training, batches, run, record, losses, device, watchdog, manager, request)
-    manager.wait()
-    if training.step == config.steps and is_main(): export_backbone(run.checkpoints, run.backbone)
-    barrier()
-    return training.step
