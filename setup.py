@@ -14,8 +14,8 @@ def words(key):
     return cfg.get(key, "").split()
 
 
-extras = {name: words(f"{name}_requirements") for name in ("notebooks", "peers", "tensorboard", "docs", "dev")}
-extras["dev"] = sorted({*extras["notebooks"], *extras["peers"], *extras["tensorboard"], *extras["docs"], *extras["dev"]})   # everything
+extras = {name: words(f"{name}_requirements") for name in ("notebooks", "datasets", "peers", "tensorboard", "docs", "dev")}
+extras["dev"] = sorted(set().union(*extras.values()))   # everything
 
 setup(
     name=cfg["lib_name"],

@@ -46,7 +46,7 @@ def test_wheel_metadata(wheel):
     base = [line for line in re.findall(r"^Requires-Dist: (.*)", text, re.M) if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0] for line in base} == {"torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "tqdm", "safetensors"}
     assert any(line.startswith("torch") and "!=2.13.0" in line for line in base)
-    assert set(re.findall(r"^Provides-Extra: (.*)", text, re.M)) == {"notebooks", "peers", "tensorboard", "docs", "dev"}
+    assert set(re.findall(r"^Provides-Extra: (.*)", text, re.M)) == {"notebooks", "datasets", "peers", "tensorboard", "docs", "dev"}
     assert "Requires-Python: >=3.10" in text
 
 
