@@ -6,7 +6,7 @@
 __all__ = ['RATIO', 'ATTEMPTS', 'MEAN', 'STD', 'fit_boxes', 'CropPlan', 'draw_plan', 'render_plain', 'render_fast', 'MultiCrop',
            'normalize', 'Colours', 'collate_crops', 'init_worker', 'GpuAugment']
 
-# %% ../nbs/12_multicrop.ipynb #b65b25d6
+# %% ../nbs/12_multicrop.ipynb #99a03b8a
 import functools
 import math
 import signal
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import stateless_rng
+from .core import STOP_SIGNALS, stateless_rng
 
 # %% ../nbs/12_multicrop.ipynb #12f25231
 RATIO = (3 / 4, 4 / 3)   # width / height of a box
@@ -268,7 +268,7 @@ def normalize(
     scale = 1 / (torch.tensor(STD, device=images.device).view(3, 1, 1) * 255)
     return images.float().sub_(mean).mul_(scale).to(dtype)
 
-# %% ../nbs/12_multicrop.ipynb #ff13185c
+# %% ../nbs/12_multicrop.ipynb #5e2d1ce2
 class Colours(NamedTuple):
     "What is still to be done to V batches of B crops; on the CPU, because `GpuAugment` must know it without asking the device."
     flip: torch.Tensor    # bool [V, B]
@@ -299,8 +299,7 @@ def init_worker(
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     if torch.utils.data.get_worker_info() is None: return        # called in the main process
-    for name in ("SIGTERM", "SIGUSR2"):
-        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS: signal.signal(number, signal.SIG_IGN)
 
 # %% ../nbs/12_multicrop.ipynb #913cdb94
 def _levels(x: torch.Tensor) -> torch.Tensor: return (x + 0.5).floor_().clamp_(0, 255)

@@ -421,6 +421,33 @@ def test_a_lost_rank_is_named(tmp_path, fault, victim):
     if fault == "raise": assert "KeyError" in ranks.printed(victim)
 
 
+class StoreThatGoes:
+    "A store that is gone as soon as this rank has said that it has read the verdict: rank 0, which keeps it, has ended."
+
+    def __init__(self, store): self.store, self.gone = store, False
+
+    def __getattr__(self, name):
+        if self.gone: raise dist.DistNetworkError("connection closed")
+        return getattr(self.store, name)
+
+    def add(self, *args):
+        self.gone = True
+        self.store.add(*args)
+        raise dist.DistNetworkError("connection closed")
+
+
+def ranks_part():
+    setup("cpu", 60)
+    with Watchdog() as watchdog:
+        if rank(): watchdog.store = StoreThatGoes(watchdog.store)
+        watchdog.beat(0)
+    return watchdog.verdict
+
+
+def test_the_first_rank_may_leave_before_the_last_has_left():
+    assert run_ranks(ranks_part, 2, timeout=60) == ["", ""]
+
+
 def test_watchdog_alone(tmp_path):
     with Watchdog() as watchdog: watchdog.beat(3)
     with pytest.raises(KeyError), Watchdog(): raise KeyError

@@ -193,6 +193,16 @@ def test_links_lead_somewhere(file):
 # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @each_notebook
+def test_cells_that_submit_are_not_run_by_the_job(file):
+    "A job executes its page: a cell that sends it to a cluster would send it again."
+    for cell in cells(file, "code"):
+        for call in [n for n in ast.walk(tree(cell)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") in ("submit", "submit_suite")]:
+            here = [k.value.value for k in call.keywords if k.arg == "cluster" and isinstance(k.value, ast.Constant)]
+            if "#| export" in cell.source or here in (["debug"], ["local"]): continue
+            assert "skip-execution" in cell.metadata.get("tags", []) and "eval" in directives(cell), cell.source
+
+
+@each_notebook
 def test_parameters_tag(file):
     "One tagged cell in a notebook that papermill runs, none elsewhere."
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells(file)) == (file in RUNS)
