@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KEEP_FREED_MEMORY', 'OUTCOMES', 'parameters_of', 'notebook_name', 'read_params', 'check_run', 'Stopped',
            'run_notebook', 'write_html', 'results_table', 'Resources', 'sbatch_settings', 'sbatch_script',
-           'run_attempt', 'attempts', 'NotebookJob', 'Job', 'find_job', 'submit', 'submit_suite', 'collect_results',
-           'memory_text', 'main']
+           'run_attempt', 'NotebookJob', 'Job', 'find_job', 'submit', 'submit_suite', 'collect_results', 'memory_text',
+           'array_runs', 'main']
 
-# %% ../nbs/43_launch.ipynb #8055a167
+# %% ../nbs/43_launch.ipynb #24f660c8
 import argparse
 import ast
 import asyncio
@@ -32,8 +32,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .core import MetricLog, RunDir, did_you_mean, environment_text, make_config, watched, write_atomic
-from .distributed import RANK_LOST, STOP_SIGNALS, find_place
+from .checkpoints import saved_steps
+from .core import STOP_SIGNALS, MetricLog, RunDir, answering, attempts, did_you_mean, environment_text, make_config, watched, write_atomic
+from .distributed import RANK_LOST, find_place
 
 # %% ../nbs/43_launch.ipynb #176c23e3
 def parameters_of(
@@ -126,16 +127,15 @@ def _apart(function, *args):
     "Call a function in a thread of its own: an event loop of ours may be in a cell of another kernel."
     with ThreadPoolExecutor(1) as pool: return pool.submit(function, *args).result()
 
-# %% ../nbs/43_launch.ipynb #b11ca4d0
+# %% ../nbs/43_launch.ipynb #20600fa1
 class _Relay:
     "Inside a `with` block, pass SIGTERM and SIGUSR2 on to a kernel instead of dying of them."
 
-    def __init__(self): self.heard, self.kernel, self.over, self.before = set(), None, threading.Event(), {}
+    def __init__(self): self.heard, self.kernel, self.over, self.answering = set(), None, threading.Event(), answering(lambda number, frame: self.heard.add(number))
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():           # no other thread may set handlers
-            for number in STOP_SIGNALS: self.before[number] = signal.signal(number, lambda number, frame: self.heard.add(number))
-            threading.Thread(target=self._tell, daemon=True).start()
+        self.answering.__enter__()
+        threading.Thread(target=self._tell, daemon=True).start()
         return self
 
     def _tell(self):
@@ -146,9 +146,9 @@ class _Relay:
 
     def __exit__(self, *error):
         self.over.set()
-        for number, handler in self.before.items(): signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.answering.__exit__(*error)
 
-# %% ../nbs/43_launch.ipynb #630a0db9
+# %% ../nbs/43_launch.ipynb #a805b119
 class Stopped(RuntimeError):
     "The run was told to stop, or lost a rank or its kernel, before its end. Started again with the same run_dir, it goes on."
 
@@ -181,21 +181,27 @@ def run_notebook(
     *,
     show: bool = True,  # show what the cells print, and a progress bar if somebody watches
 ) -> RunDir:
-    """Execute a notebook into a run folder: `source.ipynb`, `report.ipynb`, `report.html`, and what its cells write; every other rank than 0 leaves `ranks/rank_<n>.ipynb`.
+    """Execute a notebook into a run folder: `source.ipynb`, `report.ipynb`, `report.html`, a record in `attempts.jsonl`, and what its cells write; every other rank than 0 leaves `ranks/rank_<n>.ipynb`.
 
     Bad parameters raise as in `check_run`, before anything is written. A failing cell raises `PapermillExecutionError` and a run that was
     interrupted `Stopped`, after the report is saved.
     """
+    check_run(notebook, params, find_place().world_size)
+    run = _run_of(notebook, params)
+    with _recorded(run): _execute(notebook, run, params, show)
+    return run
+
+
+def _execute(notebook, run, params, show):
+    "Execute a notebook into its folder, as this rank."
     import papermill
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
     from nbclient.exceptions import DeadKernelError
-    place = find_place()
-    check_run(notebook, params, place.world_size)
-    run = _run_of(notebook, params)
+    rank = find_place().rank
     if "run_dir" in vars(parameters_of(notebook)()): params = {**params, "run_dir": str(run.path)}
-    report, source = _report(run, place.rank), run.path / "source.ipynb"
-    if not place.rank and not (source.exists() and source.samefile(notebook)): shutil.copyfile(notebook, source)
+    report, source = _report(run, rank), run.path / "source.ipynb"
+    if not rank and not (source.exists() and source.samefile(notebook)): shutil.copyfile(notebook, source)
     here = "/tmp" if os.path.isdir("/tmp") else None                        # a disk of this machine; the path of a socket is at most 107 bytes long
     with tempfile.TemporaryDirectory(prefix="seer_nb", dir=here) as folder, _Relay() as relay:
         kernels = KernelSpecManager(kernel_dirs=[str(Path(sys.prefix, "share/jupyter/kernels"))])
@@ -211,8 +217,35 @@ def run_notebook(
         except DeadKernelError: raise Stopped(_end_of(relay.kernel), relay.heard) from None
         finally:
             _apart(asyncio.run, km.shutdown_kernel(now=True))
-            if report.exists() and not place.rank: write_html(report)
-    return run
+            if report.exists() and not rank: write_html(report)
+
+# %% ../nbs/43_launch.ipynb #113a99a9
+@contextlib.contextmanager
+def _recorded(run, job="here"):
+    "Record an attempt of a run, if this is rank 0: when it begins, and how it ends."
+    import torch
+    place, log, tried = find_place(), MetricLog(run.path / "attempts.jsonl"), attempts(run.path)
+    if place.rank:
+        yield
+        return
+    if tried and "end" not in tried[-1]:
+        alive = [f.stat().st_mtime for f in (log.path, run.metrics, run.path / "report.ipynb") if f.exists()]
+        log.log(attempt=len(tried), end=max(alive), last_step=_last_step(run), outcome="lost", reason="its end was not recorded")
+    number, gpus = len(tried) + 1, place.world_size if torch.cuda.is_available() else 0
+    log.log(attempt=number, job=job, ranks=place.world_size, gpus=gpus, begin=time.time(), first_step=(saved_steps(run.checkpoints) or [0])[-1])
+    outcome, reason = "done", ""
+    try: yield
+    except BaseException as error:
+        outcome = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+        reason = str(error) if isinstance(error, Stopped) else f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+        raise
+    finally: log.log(attempt=number, end=time.time(), last_step=_last_step(run), outcome=outcome, reason=reason)
+
+
+def _last_step(run):
+    "Return the last step that a run has told of."
+    rows = MetricLog(run.metrics).rows()
+    return max([row.get("step", 0) for row in rows[-1:]] + saved_steps(run.checkpoints)[-1:], default=0)
 
 
 def _run_of(notebook, params):
@@ -286,7 +319,7 @@ class Resources:
         days, hours, minutes = (int(part or 0) for part in match.groups())
         return (24 * days + hours) * 60 + minutes
 
-# %% ../nbs/43_launch.ipynb #e8999ac1
+# %% ../nbs/43_launch.ipynb #871e7ebb
 _PYTHON = f"""sh -c 'trap "" USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
 
 
@@ -308,13 +341,14 @@ def sbatch_script(
     resources: Resources,
     name: str = "run",     # of the job
     workers: int = 0,      # of the loader, per rank
+    **array,               # map_count, array_parallelism: of an array
 ) -> str:
     "Return the script that `submit` would give to sbatch."
     from submitit.slurm.slurm import _make_sbatch_string
     folder = Path(run_dir).absolute() / "job"
-    return _make_sbatch_string(f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(folder))}", folder, **sbatch_settings(resources, name, workers))
+    return _make_sbatch_string(f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(folder))}", folder, **sbatch_settings(resources, name, workers), **array)
 
-# %% ../nbs/43_launch.ipynb #e10a4709
+# %% ../nbs/43_launch.ipynb #802f7ece
 OUTCOMES = {0: "done", 1: "failed", RANK_LOST: "stopped"}
 
 
@@ -325,13 +359,13 @@ def run_attempt(
     "Run the notebook of a run folder once, as this rank. The status is 0 (done), 1 (failed) or 75 (stopped); rank 0 speaks for all and keeps the record."
     from papermill import PapermillExecutionError
     run, place, heard = RunDir(run_dir), find_place(), set()
-    own, log = run.path / f"ranks/rank_{place.rank}.json", MetricLog(run.path / "attempts.jsonl")
+    source, params, own = run.path / "source.ipynb", json.loads((run.path / "job.json").read_text())["params"], run.path / f"ranks/rank_{place.rank}.json"
     own.unlink(missing_ok=True)
-    number = len(attempts(run_dir)) + 1
-    if not place.rank: log.log(attempt=number, job=job, ranks=place.world_size, begin=time.time())
     status, reason = 1, "the launcher failed"
     try:
-        run_notebook(run.path / "source.ipynb", json.loads((run.path / "job.json").read_text())["params"])
+        with _recorded(run, job):
+            check_run(source, params, place.world_size)
+            _execute(source, run, params, show=True)
         status, reason = 0, ""
     except Stopped as error: status, reason, heard = RANK_LOST, str(error), error.heard
     except PapermillExecutionError as error: reason = f"{error.ename}: {error.evalue}"
@@ -339,26 +373,18 @@ def run_attempt(
         if place.rank: write_atomic(own, json.dumps({"status": status, "reason": f"rank {place.rank}: {reason}"}))
         else:
             failed = [other for other in _others(run, place.world_size) if other["status"] == 1]
-            if failed and status != 1: status, reason = 1, failed[0]["reason"]
-            log.log(attempt=number, end=time.time(), outcome=OUTCOMES[status], reason=reason)
+            if failed and status != 1:
+                status, reason = 1, failed[0]["reason"]
+                MetricLog(run.path / "attempts.jsonl").log(attempt=len(attempts(run_dir)), outcome=OUTCOMES[status], reason=reason)
     if reason: print(f"{OUTCOMES[status]}: {reason}", file=sys.stderr, flush=True)
     return status, heard
 
-# %% ../nbs/43_launch.ipynb #615fb52c
+# %% ../nbs/43_launch.ipynb #cd4b5356
 def _others(run, ranks, patience=30):
     "Return how the other ranks have ended; one whose machine is lost never says."
     files, end = [run.path / f"ranks/rank_{r}.json" for r in range(1, ranks)], time.monotonic() + patience
     while not all(f.exists() for f in files) and time.monotonic() < end: time.sleep(0.1)
     return [json.loads(f.read_text()) for f in files if f.exists()]
-
-
-def attempts(
-    run_dir,  # folder of a run
-) -> list:
-    "Return the attempts of a job, oldest first: attempt, job, ranks, begin, and once it has ended end, outcome and reason. Times are in seconds since 1970."
-    found = {}
-    for row in MetricLog(Path(run_dir) / "attempts.jsonl").rows(): found.setdefault(row["attempt"], {}).update(row)
-    return list(found.values())
 
 # %% ../nbs/43_launch.ipynb #48801df5
 class NotebookJob:
@@ -537,17 +563,18 @@ def _executor(logs, resources, cluster, name, workers):
                                    stderr_to_stdout=True)
     return executor
 
-# %% ../nbs/43_launch.ipynb #7f5a0a46
+# %% ../nbs/43_launch.ipynb #e33ac0ef
 def submit_suite(
     notebook,              # path of a notebook with a parameter run_dir
     runs: dict,            # name -> parameters of a run
     folder,                # where each run has a folder of its name
     resources: dict = {},  # of each run: name -> value, of `Resources`
     at_once: int = 8,      # runs at the same time
-    cluster: str = "slurm",  # or debug: one after the other, here
+    cluster: str = "auto",  # slurm, debug (one after the other, here), or auto: slurm if it is there
 ) -> dict:                 # name -> Job
     "Send many runs of a notebook as one Slurm array. Raises as `submit`, before anything is written."
     r, folder = make_config(Resources, resources), Path(folder).absolute()
+    if cluster == "auto": cluster = "slurm" if shutil.which("sbatch") else "debug"
     if cluster not in ("slurm", "debug") or cluster == "slurm" and not shutil.which("sbatch"): raise ValueError("a suite needs Slurm (there is no sbatch), or cluster='debug'")
     for name in runs:
         if not re.fullmatch(r"\w[\w.-]*", name): raise ValueError(f"the name of a run names its folder: letters, digits, '.', '_' and '-', got {name!r}")
@@ -566,19 +593,22 @@ def submit_suite(
 def collect_results(
     folder,  # of a suite
 ) -> dict:   # name of a run that is not done -> its state and the reason
-    "Write the results of all runs of a suite to its own `results.jsonl`."
+    "Write the results of all runs of a suite to its own `results.jsonl`. Raises `FileNotFoundError` if the folder holds no runs."
+    if not list(Path(folder).glob("*/job.json")): raise FileNotFoundError(f"{folder} holds no runs that were submitted: give the folder of a suite")
     jobs = {file.parent.name: find_job(file.parent) for file in sorted(Path(folder).glob("*/job.json"))}
     rows = [row for job in jobs.values() for row in MetricLog(job.run_dir / "results.jsonl").rows()]
     write_atomic(Path(folder) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return {name: f"{job.state}: {(attempts(job.run_dir) or [{}])[-1].get('reason', '')}" for name, job in jobs.items() if job.state != "done"}
 
-# %% ../nbs/43_launch.ipynb #e5e04bb2
+# %% ../nbs/43_launch.ipynb #042b7dd3
 def _parser():
     "Return the command line: an option for each of `Resources`, explained by its comment."
-    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__, epilog="instead of a notebook: suite (a model on many tasks) and collect (their results); see suite --help")
     parser.add_argument("notebook")
     parser.add_argument("-f", "--file", default="", metavar="PRESET.yaml", help="parameters of the run")
     parser.add_argument("-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one of them")
+    parser.add_argument("--array", nargs=2, metavar=("NAME", "V,V,…"), help="a run for each value of a parameter, as one array; run_dir is the folder of them all")
+    parser.add_argument("--at-once", type=int, default=8, metavar="N", help="of an array: runs at the same time (default: 8)")
     group = parser.add_argument_group("a job on a cluster (without these the notebook runs here)")
     group.add_argument("--cluster", choices=("auto", "slurm", "local", "debug"), help="auto: slurm if it is there, else processes of this machine")
     group.add_argument("--dry-run", action="store_true", help="print the script and the memory plan, and submit nothing")
@@ -588,45 +618,97 @@ def _parser():
                            help=f"{comments[field.name]} (default: {'none' if field.default == '' else field.default})")
     return parser
 
-# %% ../nbs/43_launch.ipynb #2fd1acf8
+# %% ../nbs/43_launch.ipynb #8ae7dfd3
 def memory_text(
     config,                # PretrainConfig
     resources: Resources,
 ) -> str:
     "Predict the memory of one GPU, in lines. Raises `ValueError` if the batch does not divide."
-    from seer_nb.sharding import DTYPES, NO_CUTS, memory_plan
-    plan = memory_plan(config, resources.ranks, resources.gpu_gib, cuts=config.parts() if config.cuts else NO_CUTS, padded=config.padded,
-                       reduce_dtype=DTYPES[config.reduce_precision], reshard_after_forward=config.reshard, offload=config.offload)
+    plan = config.memory_plan(resources.ranks, resources.gpu_gib)
     lines = [f"{name:12} {gib:8.1f} GiB" for name, gib in {**plan.parts, "total": plan.total}.items()]
     verdict = "fits" if plan.fits else f"does not fit: {plan.advice}"
     return "\n".join([f"predicted memory of each of {resources.ranks} GPUs of {resources.gpu_gib} GiB:", *lines, verdict])
 
 
-def _dry_run(notebook, params, resources):
+def _dry_run(notebook, params, resources, **array):
     "Print what `submit` would send."
     from seer_nb.trainer import PretrainConfig
     without_images = {name: value for name, value in params.items() if name != "images"}
     config, name = check_run(notebook, without_images, resources.ranks), notebook_name(notebook)
     run = RunDir(params.get("run_dir", ""), name=name)
-    print(sbatch_script(run.path, resources, name, getattr(config, "workers", 0)))
+    print(sbatch_script(run.path, resources, name, getattr(config, "workers", 0), **array))
     if isinstance(config, PretrainConfig) and resources.gpus_per_node: print(memory_text(config, resources))
     check_run(notebook, params, resources.ranks)
 
-# %% ../nbs/43_launch.ipynb #8a2c52ac
+# %% ../nbs/43_launch.ipynb #850f5ebe
+def array_runs(
+    cls,          # a dataclass, such as `parameters_of` returns
+    array,        # name of a parameter, and its values with commas between them
+    preset="",    # see read_params
+    overrides=(),  # see read_params
+) -> dict:        # name of a run -> its parameters
+    "Return the runs of an array. Raises `ValueError` or `TypeError` for bad parameters, and for two values whose folders would have one name."
+    name, values = array[0], array[1].split(",")
+    runs = {re.sub(r"[^\w.-]+", "_", value).strip("_.-"): read_params(cls, preset, [*overrides, (name, value)]) for value in values}
+    if len(runs) < len(values) or "" in runs: raise ValueError(f"--array {name}: {array[1]!r} does not give each run a folder of its own")
+    return runs
+
+
+def _array(args, resources):
+    "Send an array, or show what would be sent."
+    runs = array_runs(parameters_of(args.notebook), args.array, args.file, args.param)
+    folder = RunDir(next(iter(runs.values())).get("run_dir", ""), f"{notebook_name(args.notebook)}_suite").path
+    if args.dry_run:
+        for name, params in runs.items(): print(f"{folder / name}  {params}")
+        for params in runs.values(): check_run(args.notebook, params)
+        print()
+        return _dry_run(args.notebook, {"run_dir": str(folder)}, make_config(Resources, resources), map_count=len(runs), array_parallelism=args.at_once)
+    jobs = submit_suite(args.notebook, runs, folder, resources, args.at_once, args.cluster or "auto")
+    for name, job in jobs.items(): print(f"{name:24} {job.cluster} {job.id} {job.state}")
+    if any(job.queued for job in jobs.values()): print(f"afterwards: python -m seer_nb.launch collect {shlex.quote(str(folder))}")
+    else: _collect(folder)
+
+
+def _collect(folder):
+    "Collect the results of a suite and print them."
+    for name, reason in collect_results(folder).items(): print(f"{name:24} {reason}")
+    print(f"\n{results_table(Path(folder) / 'results.jsonl')}\n\n{Path(folder) / 'results.jsonl'}")
+
+# %% ../nbs/43_launch.ipynb #02bfce62
+def _suite(words):
+    "Return the words of `main` for a suite."
+    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch suite", description="Evaluate a model on many tasks, as one array. Every other option is that of a notebook.")
+    parser.add_argument("--model", required=True, help="as in evaluate.tasks.open_model, e.g. seer:PATH or timm:NAME")
+    parser.add_argument("--tasks", required=True, metavar="TASK,TASK,…", help="slugs of evaluate.tasks.TASKS")
+    parser.add_argument("--root", default="", help="folder that holds the data sets")
+    parser.add_argument("--protocol", default="linear", help="the page that evaluates: nbs/evaluate/*_PROTOCOL.ipynb (default: linear)")
+    args, rest = parser.parse_known_args(words)
+    pages = list(Path("nbs/evaluate").glob(f"*_{re.sub(r'[^a-z]', '', args.protocol)}.ipynb"))
+    if len(pages) != 1: raise ValueError(f"no page nbs/evaluate/*_{args.protocol}.ipynb below the current folder: start in the project's top folder")
+    return [str(pages[0]), "--array", "task", args.tasks, "-p", "model", args.model, "-p", "root", args.root, *rest]
+
+# %% ../nbs/43_launch.ipynb #91fc761b
 def main(
     argv=None,  # list of words; None: those of the command line
 ) -> int:       # exit status: 0 done, 1 a cell failed, 2 wrong input, 75 told to stop (or a rank was lost), 130 interrupted
     "Run a notebook here, then print its results and where they are; or send it to a cluster."
-    args = _parser().parse_args(argv)
     try:
         from papermill.exceptions import PapermillExecutionError
     except ImportError:
         print("error: papermill is missing; install it with: pip install 'seer_nb[notebooks]'", file=sys.stderr)
         return 2
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if words[:1] == ["collect"] and len(words) == 2: return _collect(words[1]) or 0
+        args = _parser().parse_args(_suite(words[1:]) if words[:1] == ["suite"] else words)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     wanted = {f.name: getattr(args, f.name) for f in dataclasses.fields(Resources) if getattr(args, f.name) is not None}
     run = None
     try:
         if not Path(args.notebook).is_file(): raise ValueError(f"no notebook {args.notebook}")
+        if args.array: return _array(args, wanted) or 0
         params = read_params(parameters_of(args.notebook), args.file, args.param)
         if args.dry_run:
             _dry_run(args.notebook, params, make_config(Resources, wanted))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['compare', 'speedups', 'matmul_peak', 'training_speed', 'main']
 
-# %% ../nbs/90_performance.ipynb #ca222543
+# %% ../nbs/90_performance.ipynb #19df5c1a
 import argparse
 import os
 import sys
@@ -18,7 +18,7 @@ from .core import MetricLog, seed_all
 from .distributed import setup
 from .launch import read_params
 from .multicrop import normalize
-from .sharding import DTYPES, NO_CUTS, memory_plan
+from .sharding import DTYPES
 from .streaming import peak_memory
 from .trainer import PretrainConfig, build_training, train_step, training_flops
 
@@ -56,7 +56,7 @@ def speedups(
         rows.append({"program": name, "ratio": ratio, "low": low, "high": high, "rounds": len(ratios)})
     return rows
 
-# %% ../nbs/90_performance.ipynb #cb63367e
+# %% ../nbs/90_performance.ipynb #de08d369
 def matmul_peak(
     device="cpu",        # where
     dtype=torch.float32,  # of the factors
@@ -82,8 +82,7 @@ def training_speed(
     device = setup(config.device)
     gpu = device.type == "cuda"
     room = torch.cuda.mem_get_info()[1] / 2**30 if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    plan = memory_plan(config, 1, room, cuts=config.parts() if config.cuts else NO_CUTS, padded=config.padded, offload=config.offload,
-                       reduce_dtype=DTYPES[config.reduce_precision], reshard_after_forward=config.reshard)
+    plan = config.memory_plan(1, room)
     peak = matmul_peak(device, DTYPES[config.precision], 8192 if gpu else 1024)
     seed_all(config.seed)
     training, losses = build_training(config, device), []
@@ -93,8 +92,9 @@ def training_speed(
     def step(): losses.append(train_step(training, crops, config)["loss"])
     seconds = float(np.median(compare({"step": step}, steps, warm_up)["step"]))
     speed, memory = config.batch_size / seconds, torch.cuda.max_memory_allocated() if gpu else peak_memory()
-    return {"images_per_s": speed, "step_s": seconds, "tflops": speed * training_flops(config) / 1e12, "peak_tflops": peak, "mfu": speed * training_flops(config) / 1e12 / peak,
-            "memory_gib": memory / 2**30, "plan_gib": plan.total, "first_loss": losses[0].item(), "last_loss": losses[-1].item()}
+    tflops = speed * training_flops(config) / 1e12
+    return {"images_per_s": speed, "step_s": seconds, "tflops": tflops, "peak_tflops": peak, "mfu": tflops / peak, "memory_gib": memory / 2**30,
+            "plan_gib": plan.total, "first_loss": losses[0].item(), "last_loss": losses[-1].item()}
 
 # %% ../nbs/90_performance.ipynb #d60dffe0
 def main(

@@ -242,3 +242,47 @@ def test_the_command_sends_a_job_that_another_process_can_load(tmp_path):
     sent = pickle.loads(next((tmp_path / "run/job").glob("*_submitted.pkl")).read_bytes())
     assert type(sent.function) is launch.NotebookJob and sent.function.run_dir == str(tmp_path / "run")
     assert find_job(tmp_path / "run").wait(300) == "done"
+
+
+# ── arrays ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_an_array_on_the_command_line(tmp_path, capsys):
+    words = [str(PRETRAIN), "--array", "peak_rate", "0.5,1e-1,2", "-p", "run_dir", str(tmp_path / "sweep"), "--gpus-per-node", "1", "--at-once", "2", "--dry-run"]
+    assert launch.main(words) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --array=0-2%2\n" in out and f"{tmp_path}/sweep/1e-1  " in out and "'peak_rate': 0.1}" in out
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("array, problem", [(("peak_rat", "1"), "did you mean 'peak_rate'"), (("seed", "1,one"), "must be int"), (("seed", "1,1"), "a folder of its own"), (("images", ""), "a folder of its own")])
+def test_mistakes_in_an_array(tmp_path, capsys, array, problem):
+    assert launch.main([str(PRETRAIN), "--array", *array, "-p", "run_dir", str(tmp_path / "sweep"), "--cluster", "debug"]) == 2
+    assert problem in capsys.readouterr().err and not (tmp_path / "sweep").exists()
+
+
+def test_a_suite_is_an_array_of_tasks(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(TOP)
+    words = ["suite", "--model", "random:regnety_toy", "--tasks", "toy_digits,toy_scenes", "--protocol", "knn", "-p", "run_dir", str(tmp_path), "--gpus-per-node", "1", "--dry-run"]
+    assert launch.main(words) == 0
+    out = capsys.readouterr().out
+    assert "--array=0-1%2" in out and "'task': 'toy_scenes'" in out and "#SBATCH --job-name=knn" in out
+    assert launch.main(["suite", "--model", "m", "--tasks", "t", "--protocol", "knm"]) == 2 and "no page nbs/evaluate/*_knm.ipynb" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(words) == 2 and "top folder" in capsys.readouterr().err
+    assert launch.main(["collect", str(tmp_path)]) == 2 and "holds no runs" in capsys.readouterr().err
+
+
+# ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_an_attempt_whose_end_nobody_wrote_is_closed_by_the_next(tmp_path):
+    notebook, run = write_notebook(tmp_path / "05_x.ipynb", "first = not (here / 'old').exists()\n(here / 'old').touch()\nif first: time.sleep(600)"), tmp_path / "run"
+    job = subprocess.Popen(command(notebook, "-p", "run_dir", run), cwd=TOP, stderr=subprocess.PIPE)
+    kernel = pid(run)
+    wait_until((run / "old").exists)
+    job.kill()                                                                    # as when the machine fails: nothing is recorded
+    job.wait()
+    psutil.Process(kernel).kill()
+    assert "end" not in attempts(run)[0]
+    run_notebook(notebook, {"run_dir": str(run)}, show=False)
+    lost, done = attempts(run)
+    assert (lost["outcome"], done["outcome"], done["reason"]) == ("lost", "done", "") and lost["begin"] <= lost["end"] <= done["begin"] <= done["end"]

@@ -13,7 +13,7 @@ import nbformat
 import psutil
 import pytest
 
-from seer_nb.core import MetricLog
+from seer_nb.core import MetricLog, time_account
 from seer_nb.distributed import run_ranks
 from seer_nb.launch import Resources, attempts, collect_results, sbatch_script, submit, submit_suite
 
@@ -193,8 +193,12 @@ def test_stopped_three_times(here, straight, tmp_path):
     wait_until(lambda: attempt_of(job) == 4)
     assert job.wait(300) == "done", job
     told = attempts(job.run_dir)[:2]
-    for attempt in told: assert attempt["outcome"] == "stopped" and attempt["reason"].startswith("Preempted: told to stop"), attempt
     for n in (1, 2): assert "Preempted" in (job.run_dir / f"attempts/report_{n}.ipynb").read_text()
+    for attempt in told:
+        assert attempt["outcome"] == "stopped" and attempt["reason"].startswith("Preempted: told to stop"), attempt
+        assert attempt["last_step"] == attempts(job.run_dir)[attempt["attempt"]]["first_step"]      # it goes on where it was stopped
+    account = time_account(job.run_dir)
+    assert account["attempts"] == 4 and 0 < account["goodput"] < 1 and account["hours_between"] > 0 and account["gpu_hours"] == 0
     assert "continuing at step" in (job.run_dir / "report.ipynb").read_text()
     assert {p.name for p in (job.run_dir / "ranks").glob("*.ipynb")} == {"rank_1.ipynb", "rank_2.ipynb", "rank_3.ipynb"}
     assert result(job.run_dir) == result(straight)
