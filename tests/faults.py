@@ -85,7 +85,7 @@ def _stopped(process):
 def whole(config, n):
     "Run to the end."
     codes = finish(start(config, n), 300)
-    assert codes == [0] * n, Path(config.run_dir).with_name("logs").joinpath("0.txt").read_text()
+    assert codes == [0] * n, f"{codes}\n" + "\n".join(log.read_text() for log in sorted(Path(config.run_dir).with_name("logs").glob("*.txt")))
     return weights(config)
 
 
