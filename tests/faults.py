@@ -245,7 +245,7 @@ def kills(folder, draw, count):
         done += len(rows)
 
 
-FAULTS = {   # name -> (how often, campaign, what every log must say)
+FAULTS = {   # name -> (how often, campaign, what every log must say; empty: not asked)
     "SIGTERM to one rank": (10, functools.partial(broken, "sigterm"), "Preempted"),
     "SIGUSR2 to one rank": (10, functools.partial(broken, "sigusr2"), "Preempted"),
     "one rank raises": (5, functools.partial(broken, "raises"), "rank 1 .*MemoryError: out of memory on this rank"),
@@ -279,12 +279,13 @@ def main():
                     folder = Path(top) / str(n)
                     folder.mkdir()
                     rows.append(campaign(folder, draw))
-        clear = sum(bool(re.search(message, row["said"])) for row in rows)
+        clear = [bool(re.search(message, row["said"])) for row in rows]
         row = {"fault": name, "times": len(rows), "hangs": sum(r["hangs"] for r in rows), "longest_s": round(max(r["seconds"] for r in rows), 1), "lost_steps": max(r["lost"] for r in rows),
-               "clear_message": clear, "recovered": sum(r["recovered"] for r in rows), "checkpoint_every": 1 if campaign is None else RUN.checkpoint_every}
+               "clear_message": sum(clear) if message else None, "recovered": sum(r["recovered"] for r in rows), "checkpoint_every": 1 if campaign is None else RUN.checkpoint_every}
         if campaign is None: row["while_saving"] = sum(r["saving"] for r in rows)
         print(json.dumps(row), flush=True)
-        if clear < len(rows) or row["recovered"] < len(rows): bad += 1; print(next(r["said"] for r in rows if not (re.search(message, r["said"]) and r["recovered"]))[-3000:])
+        failed = [r["said"] for r, named in zip(rows, clear) if not (named and r["recovered"])]
+        if failed: bad += 1; print(failed[0][-3000:])
         if args.results: MetricLog(args.results).log(**row)
     return bad
 
