@@ -13,7 +13,7 @@ __all__ = ['MATLAB_LIMIT', 'read_imagenet1k_1pct', 'read_imagenet1k_10pct', 'SPL
            'read_cifar10', 'read_cifar100', 'read_stl10', 'read_svhn', 'voc_objects', 'voc_labels', 'read_voc07',
            'read_imagenet_real', 'objectnet_numbers', 'read_objectnet']
 
-# %% ../../nbs/evaluate/48_readers.ipynb #92628499
+# %% ../../nbs/evaluate/48_readers.ipynb #82e6f57d
 import csv
 import errno
 import functools
@@ -22,6 +22,7 @@ import importlib.resources
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -324,7 +325,7 @@ def read_inaturalist18(root: Path, split: str) -> Listing:
     return files(root, [row["file_name"] for row in table["images"]], [category[row["id"]] for row in table["images"]],
                  [classes[k] for k in range(len(classes))])
 
-# %% ../../nbs/evaluate/48_readers.ipynb #32bc3f0d
+# %% ../../nbs/evaluate/48_readers.ipynb #478ea36d
 def read_ppm(
     root,
     names,
@@ -333,10 +334,15 @@ def read_ppm(
 ) -> torch.Tensor:
     "Decode a PPM image, uint8 [3, H, W]. Raises `BadImage` with its name."
     try:
-        with Image.open(os.path.join(root, names[i]), formats=("PPM",)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                       # Pillow's own words on size; ours are BadImage
+            image = Image.open(os.path.join(root, names[i]), formats=("PPM",))
+        with image:
             if image.width * image.height > MAX_PIXELS: raise BadImage("too_large", f"{image.width} x {image.height} pixels ({names[i]})")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except BadImage: raise
     except FileNotFoundError: raise BadImage("missing", f"no such file ({names[i]})") from None
+    except Image.DecompressionBombError as error: raise BadImage("too_large", f"{error} ({names[i]})") from None
     except (OSError, ValueError) as error: raise BadImage("corrupt", f"{error} ({names[i]})") from None
 
 
@@ -419,12 +425,13 @@ def read_cifar100(root: Path, split: str) -> Listing:
     data = known("CIFAR100", root, train=pick(split, True, False))
     return packed(data.classes, data.data.transpose(0, 3, 1, 2), data.targets, split)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #c0de04d4
+# %% ../../nbs/evaluate/48_readers.ipynb #9ae32f2e
 def read_stl10(root: Path, split: str) -> Listing:
-    "Read STL-10: `stl10_binary`."
-    find(root, "stl10_binary/class_names.txt")
-    data = known("STL10", root, pick(split, "train", "test"))
-    return packed(data.classes, data.data, data.labels, split)
+    "Read STL-10: `stl10_binary/train_X.bin`, `train_y.bin`, …; images are stored column by column and stay on disk."
+    folder, part = find(root, "stl10_binary"), pick(split, "train", "test")
+    pixels = np.memmap(find(folder, f"{part}_X.bin"), np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)
+    labels = np.fromfile(find(folder, f"{part}_y.bin"), np.uint8).astype(np.int64) - 1
+    return packed(find(folder, "class_names.txt").read_text().split(), pixels, labels, part)
 
 
 def read_svhn(root: Path, split: str) -> Listing:

@@ -76,11 +76,12 @@ def toy_row(
 
 ROWS = {slug: toy_row(slug) for slug in TOY_TASKS}
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #a54c894f
-def published_rows() -> list:
+# %% ../../nbs/evaluate/50_tasks.ipynb #9d9817d8
+@functools.cache
+def published_rows() -> tuple:
     "Return the published scores as they are printed, one dict per row of published_results.csv."
     text = importlib.resources.files("seer_nb.evaluate").joinpath("published_results.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text)))
+    return tuple(csv.DictReader(text.splitlines()))
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #8667bec9
 BENCHMARKS = {   # slug -> names of the benchmark in published_results.csv
@@ -97,7 +98,7 @@ BENCHMARKS = {   # slug -> names of the benchmark in published_results.csv
     "imagenet1k_10pct": ("ImageNet-1k 10% labels",), "coco_detection": ("COCO",),
 }
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #ab43470d
+# %% ../../nbs/evaluate/50_tasks.ipynb #e03de8f8
 FRACTION = {"top-1 acc %": lambda x: x / 100, "top-1 acc % (rounded)": lambda x: x / 100, "accuracy %": lambda x: x / 100, "mAP": lambda x: x / 100,
             "box AP (best)": lambda x: x / 100, "error %": lambda x: 1 - x / 100, "top-1 error %": lambda x: 1 - x / 100, "ROC-AUC": lambda x: x}
 
@@ -107,14 +108,16 @@ def paper_scores(
 ) -> dict:
     """Return the printed scores of a task: model -> (score, a fraction; source).
 
-    A fine-tuned model has its protocol in its name (`SEER RegNet10B, finetuned 384px`). Differences and digitised figures are left out.
+    A fine-tuned model has its protocol in its name (`SEER RegNet10B, finetuned 384px`), and so has a model printed with two scores. Differences
+    and digitised figures are left out.
     """
     scores = {}
     for row in published_rows():
         if row["benchmark"] not in BENCHMARKS.get(slug, ()) or row["metric"] not in FRACTION: continue
         tuned = row["protocol"].startswith("finetuned") and "OOD" not in row["protocol"]
-        name = f"{row['model']}, {row['protocol']}" if tuned else row["model"]
-        scores.setdefault(name, (round(FRACTION[row["metric"]](float(row["value"])), 6), row["source"]))
+        full, score = f"{row['model']}, {row['protocol']}", round(FRACTION[row["metric"]](float(row["value"])), 6)
+        name = full if tuned or scores.get(row["model"], (score,))[0] != score else row["model"]
+        scores.setdefault(name, (score, row["source"]))
     return scores
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #9d583b56
@@ -277,12 +280,12 @@ def __getattr__(name):
     if name == "TASKS": return task_table()
     raise AttributeError(f"module 'seer_nb.evaluate.tasks' has no attribute {name!r}")
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #e5c283cb
+# %% ../../nbs/evaluate/50_tasks.ipynb #f00b518a
 def task_row(
     slug: str,  # e.g. toy_scenes
 ) -> Task:
     "Return the row of one task. Raises `ValueError` for a slug that is not in the table."
-    if slug not in ROWS: raise ValueError(f"no task {slug!r}{did_you_mean(slug, ROWS)}; tasks: {', '.join(ROWS)}")
+    if slug not in ROWS: raise ValueError(f"no task {slug!r}{did_you_mean(slug, ROWS)}; TASKS lists the {len(ROWS)} there are")
     return ROWS[slug]
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #4f140561
