@@ -11,7 +11,7 @@ __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'FRACTION', 'STD', 'TFDS', 'VAL'
            'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model',
            'weights_hash', 'Result', 'append_result', 'read_results', 'find_result']
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #d20a9d09
+# %% ../../nbs/evaluate/50_tasks.ipynb #3746fa59
 import argparse
 import csv
 import dataclasses
@@ -30,7 +30,6 @@ from torch import nn
 from ..core import MetricLog, did_you_mean, stateless_rng
 from .readers import READERS as FILE_READERS
 from .readers import needed
-from ..images import BadImage
 from ..multicrop import ATTEMPTS, fit_boxes
 from ..regnet import REGNETY, regnety
 from ..toyworld import TOY_TASKS, toy_task
@@ -257,7 +256,7 @@ add(*(again(base, f"{base}_1000", train=1000, limit=1000, protocol="lowshot", gr
     real("coco_detection", "COCO 2017", 80, 118_287, 5_000, "detection", "detection", STD, "train2017/, val2017/, annotations/instances_{train,val}2017.json", "cocodataset.org",
          "labels CC BY 4.0, pictures Flickr's terms", VAL, protocol="detection", metric="box AP", chance=0.0))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #0716cd05
+# %% ../../nbs/evaluate/50_tasks.ipynb #851aa022
 def task_table():
     "Build `TASKS`, a pandas DataFrame with one row per benchmark, indexed by slug."
     pd = needed("pandas", "notebooks")
@@ -267,7 +266,7 @@ def task_table():
 def published(
     slug: str = "",  # only the rows of this task; empty: all
 ):
-    "Return the published scores as a DataFrame: slug (empty: not a task of this table), the row as printed, and `number`, NaN where a bound is printed."
+    "Return the published scores as a DataFrame: slug (empty: not a task of this table), the row as printed, and `number`, NaN where a bound or words are printed."
     pd = needed("pandas", "notebooks")
     slugs = {name: known for known, names in BENCHMARKS.items() for name in names}
     table = pd.DataFrame(published_rows())
@@ -470,7 +469,7 @@ def train_transform(
     "Return `view(image, seed, index, epoch)`, the task's training augmentation: uint8 [3, H, W] to uint8 [3, size, size]."
     return functools.partial(augment, task_family(slug), eval_transform(slug, preprocess, size))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #3d35ee37
+# %% ../../nbs/evaluate/50_tasks.ipynb #8bb8938f
 def check_split(
     row: Task,
     root,
@@ -491,7 +490,7 @@ def check_task(
     row = task_row(slug)
     try: wrong = [note for split in ("train", "test") if getattr(row, split) if (note := check_split(row, root, split))]
     except FileNotFoundError as error: return "missing", str(error).partition("\n")[0].rpartition(": ")[2]
-    except (BadImage, ValueError, OSError, ImportError, KeyError) as error:
+    except Exception as error:                               # whatever is wrong with one data set, the others are looked at
         return "elsewhere" if "reader is not part" in str(error) else "broken", " ".join(f"{type(error).__name__}: {error}".split())
     return ("differs", "; ".join(wrong)) if wrong else ("ready", f"{row.train:,} + {row.test:,} images")
 
