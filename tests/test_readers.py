@@ -428,6 +428,25 @@ def test_a_ppm_bomb(side, tmp_path, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("slug", list(BUILDERS))
+def test_damaged_lists(slug, tmp_path, any_md5):
+    "Whatever is in a list, the error is one that names the task and its folder."
+    BUILDERS[slug](tmp_path / slug)
+    unread = {"README.txt", "val1.txt", "GT-00042.csv", "tmp", "pytorch_to_imagenet_2012_id.json"}
+    lists = [path for path in (tmp_path / slug).rglob("*") if path.is_file() and path.suffix not in (".jpg", ".jpeg", ".JPEG", ".png", ".ppm") and path.name not in unread]
+    for path in lists:
+        whole = path.read_bytes()
+        for content in (b"\xff\xfe\x00 no list", whole[:len(whole) * 2 // 3] + b"\xff"):
+            path.write_bytes(content)
+            wrong = []
+            for split in ("train", "test"):
+                try: tasks.open_task(slug, tmp_path, split)
+                except ValueError as error: wrong.append(str(error))
+            assert any(f"{slug} in {tmp_path / slug}: " in text for text in wrong), path
+        path.write_bytes(whole)
+    assert len(tasks.open_task(slug, tmp_path, "test"))
+
+
 def test_labels_without_a_class(tmp_path):
     gtsrb(tmp_path)
     write(tmp_path / "GT-final_test.csv", "Filename;ClassId\n00000.ppm;43\n")

@@ -313,10 +313,10 @@ class TaskData:
 
     def __repr__(self): return f"TaskData({self.slug}, {self.split}: {len(self)} images, {len(self.classes)} classes)"
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #194c0d9f
+# %% ../../nbs/evaluate/50_tasks.ipynb #44ffda62
 toy_images = functools.lru_cache(8)(toy_task)
 
-READERS = {**FILE_READERS}   # slug -> read(folder, split); the readers of computed labels join here
+READERS = {**FILE_READERS}   # slug -> read(folder, split); the readers of page 49, for computed labels, join here
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #a93044aa
 def task_folder(
@@ -349,7 +349,7 @@ def choose(
     for k in np.unique(labels): turn[np.flatnonzero(labels == k)] = stateless_rng(0, int(k)).permutation((labels == k).sum())
     return np.sort(np.lexsort((labels, turn))[:n])
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #f0eca409
+# %% ../../nbs/evaluate/50_tasks.ipynb #7865fd63
 def part(function, index, i): return function(int(index[i]))
 
 
@@ -360,7 +360,7 @@ def open_task(
     *,
     n: int = 0,            # open only so many images, the same ones every time, from all classes; 0: all
 ) -> TaskData:
-    """Open one split of a task. Raises `ValueError` for a slug, a split or a number of images that does not exist.
+    """Open one split of a task. Raises `ValueError` for a slug, a split or a number of images that does not exist, and for damaged lists.
 
     Raises `FileNotFoundError` that says where to get a data set that is not there.
     """
@@ -373,8 +373,14 @@ def open_task(
         return TaskData(row.slug, split, TOY_TASKS[slug].classes, labels, images.__getitem__)
     reader = READERS.get(slug) or READERS.get(slug.removesuffix("_1000")) or READERS.get(row.folder)
     if not reader or row.transform == "detection": raise ValueError(f"{slug} is no list of labelled images, or its reader is not part of this version")
-    try: listing = reader(task_folder(row, root), row.test_part if split == "test" else "train")
+    folder = task_folder(row, root)
+    try: listing = reader(folder, row.test_part if split == "test" else "train")
     except FileNotFoundError as error: raise FileNotFoundError(missing_message(row, root, error.filename or str(error).removesuffix(" is missing"))) from None
+    except (MemoryError, ImportError): raise
+    except Exception as error:
+        if getattr(error, "errno", None): raise              # the disk is at fault, not the data
+        what = str(error) if isinstance(error, ValueError) else f"its lists are damaged or of another kind ({type(error).__name__}: {error})"
+        raise ValueError(f"{slug} in {folder}: {what}") from error
     size = len(listing.labels)
     if not 0 <= n <= size: raise ValueError(f"{slug} has {size} {split} images, {n} were asked for")
     n = n or (min(row.limit, size) if split == "train" else 0)
