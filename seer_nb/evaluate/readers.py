@@ -52,14 +52,15 @@ def read_image(
     except BadImage as error: raise BadImage(error.reason, f"{error.message} ({names[i]})") from None
     return image[:, border:image.shape[1] - border, border:image.shape[2] - border]
 
-# %% ../../nbs/evaluate/48_readers.ipynb #610b069a
+# %% ../../nbs/evaluate/48_readers.ipynb #11f0fe82
 def below(
     names,  # iterable of paths
 ) -> tuple:
     "Return the names as a tuple. Raises `ValueError` for one that leads out of its folder."
     names = tuple(names)
     for name in names:
-        if os.path.isabs(name) or "\0" in name or ".." in re.split(r"[/\\]", name): raise ValueError(f"the name {name!r} leads out of the data set's folder")
+        if os.path.isabs(name) or "\0" in name or ".." in re.split(r"[/\\]", name):
+            raise ValueError(f"the name {name!r} leads out of the data set's folder")
     return names
 
 
@@ -109,7 +110,7 @@ def needed(
     try: return importlib.import_module(package)
     except ImportError as error: raise ImportError(f"{package} is needed here: pip install 'seer_nb[{extra}]'") from error
 
-# %% ../../nbs/evaluate/48_readers.ipynb #666e3206
+# %% ../../nbs/evaluate/48_readers.ipynb #167d64f1
 def subfolders(
     root,  # a folder
 ) -> list:
@@ -122,7 +123,7 @@ def image_names(
     folder,  # of a class, below it
 ) -> list:
     "Return the paths of the image files of one folder, relative to `root`, sorted."
-    return sorted(f"{folder}/{entry.name}" for entry in os.scandir(Path(root, folder))
+    return sorted(Path(folder, entry.name).as_posix() for entry in os.scandir(Path(root, folder))
                   if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."))
 
 
@@ -252,7 +253,7 @@ def split_folders(
     labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     return files(root, [name for part in parts for name in part], labels, classes)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #028fc6cc
+# %% ../../nbs/evaluate/48_readers.ipynb #308e1560
 def read_caltech101(root: Path, split: str) -> Listing:
     "Read Caltech-101: `101_ObjectCategories/CLASS/*.jpg`, 30 seeded images per class for training, with the background class."
     folder = find(root, "101_ObjectCategories", "caltech-101/101_ObjectCategories", "caltech101/101_ObjectCategories")
@@ -264,7 +265,8 @@ def read_sun397(root: Path, split: str) -> Listing:
     "Read SUN397: `SUN397/ClassName.txt` and the folders it names, seeded 70 % train, 10 % unused (validation), 20 % test."
     folder = find(root, "SUN397")
     places = below(line.strip().lstrip("/") for line in (folder / "ClassName.txt").read_text(encoding="utf-8").splitlines() if line.strip())
-    return split_folders(folder, [place[2:] for place in places], places, pick(split, lambda n: slice(n * 7 // 10), lambda n: slice(n * 8 // 10, None)))
+    keep = pick(split, lambda n: slice(n * 7 // 10), lambda n: slice(n * 8 // 10, None))
+    return split_folders(folder, [place[2:] for place in places], places, keep)
 
 # %% ../../nbs/evaluate/48_readers.ipynb #0c8e4187
 def torchvision_files(
@@ -357,7 +359,7 @@ def read_gtsrb(root: Path, split: str) -> Listing:
     names = sorted(path.relative_to(top).as_posix() for path in find(top, "Training").glob("*/*.ppm"))
     return files(top, names, [int(name.split("/")[1]) for name in names], classes, read=read_ppm)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #e03944bd
+# %% ../../nbs/evaluate/48_readers.ipynb #6ce057c1
 def read_oxford_flowers(root: Path, split: str) -> Listing:
     "Read Oxford Flowers: `jpg`, `imagelabels.mat` and `setid.mat`; trains on train and val."
     top = find(root, "setid.mat", "flowers-102/setid.mat").parent
@@ -369,12 +371,13 @@ def read_oxford_flowers(root: Path, split: str) -> Listing:
 def read_stanford_cars(root: Path, split: str) -> Listing:
     "Read Stanford Cars: `devkit/cars_train_annos.mat`, `cars_test_annos_withlabels.mat`, `cars_train` and `cars_test`."
     devkit = find(root, "devkit", "stanford_cars/devkit")
-    rows = np.atleast_1d(matlab(find(devkit, *pick(split, ["cars_train_annos.mat"], ["../cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat"])))["annotations"])
+    places = pick(split, ["cars_train_annos.mat"], ["../cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat"])
+    rows = np.atleast_1d(matlab(find(devkit, *places))["annotations"])
     classes = np.atleast_1d(matlab(devkit / "cars_meta.mat")["class_names"])
     return files(devkit.parent / pick(split, "cars_train", "cars_test"), [str(row["fname"]) for row in rows],
                  [int(row["class"]) - 1 for row in rows], [str(name) for name in classes])
 
-# %% ../../nbs/evaluate/48_readers.ipynb #25627f62
+# %% ../../nbs/evaluate/48_readers.ipynb #852e82e7
 def read_array(
     pixels: np.ndarray,  # uint8 [N, H, W] or [N, 3, H, W]
     i: int,
@@ -402,7 +405,8 @@ def known(
 ):
     "Open a torchvision data set. Raises `ValueError` for files that are not the published ones."
     try: return getattr(importlib.import_module("torchvision.datasets"), kind)(root, *args, **kwargs)
-    except RuntimeError: raise ValueError(f"{Path(root).name} holds files that are not the published ones, or not all of them: unpack the download again") from None
+    except RuntimeError:
+        raise ValueError(f"{Path(root).name} holds files that are not the published ones, or not all of them: unpack the download again") from None
 
 # %% ../../nbs/evaluate/48_readers.ipynb #1dfd9e52
 def read_mnist(root: Path, split: str) -> Listing:
@@ -480,16 +484,17 @@ def read_imagenet_real(root: Path, split: str) -> Listing:
     for row, classes in zip(labels, sets): row[classes] = 1
     return files(val, names, labels, imagenet_classes())
 
-# %% ../../nbs/evaluate/48_readers.ipynb #156745d8
+# %% ../../nbs/evaluate/48_readers.ipynb #c0b067f9
 def objectnet_numbers(
     mappings: Path,  # folder of the four files
 ) -> dict:
     "Return, for each folder of ObjectNet that overlaps with ImageNet, the numbers of its ImageNet classes."
     load = lambda name: json.loads((mappings / name).read_text(encoding="utf-8"))
     number = {line: int(label) for label, line in load("pytorch_to_imagenet_2012_id.json").items()}
-    name = {text.strip(): number[i] for i, text in enumerate((mappings / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()) if i in number}
-    overlap = load("objectnet_to_imagenet_1k.json")
-    return {folder: [name[text] for text in overlap[label].split("; ")] for folder, label in load("folder_to_objectnet_label.json").items() if label in overlap}
+    list_of_names = (mappings / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
+    of_name = {text.strip(): number[i] for i, text in enumerate(list_of_names) if i in number}
+    overlap, label_of = load("objectnet_to_imagenet_1k.json"), load("folder_to_objectnet_label.json")
+    return {folder: [of_name[text] for text in overlap[label].split("; ")] for folder, label in label_of.items() if label in overlap}
 
 
 def read_objectnet(root: Path, split: str) -> Listing:
@@ -501,9 +506,10 @@ def read_objectnet(root: Path, split: str) -> Listing:
     for row, name in zip(labels, names): row[numbers[name.partition("/")[0]]] = 1
     return files(top / "images", names, labels, imagenet_classes(), border=1)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #7ec2328c
+# %% ../../nbs/evaluate/48_readers.ipynb #2007b771
 READERS = {
-    "imagenet1k": read_imagenet1k, "imagenet1k_1pct": read_imagenet1k_1pct, "imagenet1k_10pct": read_imagenet1k_10pct, "imagenet_a": read_imagenet_a, "imagenet_r": read_imagenet_r, "imagenet_sketch": read_imagenet_sketch,
+    "imagenet1k": read_imagenet1k, "imagenet1k_1pct": read_imagenet1k_1pct, "imagenet1k_10pct": read_imagenet1k_10pct,
+    "imagenet_a": read_imagenet_a, "imagenet_r": read_imagenet_r, "imagenet_sketch": read_imagenet_sketch,
     "imagenet_v2": read_imagenet_v2, "imagenet_real": read_imagenet_real, "objectnet": read_objectnet, "places205": read_places205,
     "inaturalist18": read_inaturalist18, "oxford_flowers": read_oxford_flowers, "sun397": read_sun397, "food101": read_food101,
     "caltech101": read_caltech101, "oxford_pets": read_oxford_pets, "stanford_cars": read_stanford_cars, "cifar10": read_cifar10,

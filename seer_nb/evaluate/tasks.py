@@ -141,97 +141,131 @@ def add(*rows):
     "Add rows to the table."
     ROWS.update({row.slug: row for row in rows})
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #e754d8f9
+# %% ../../nbs/evaluate/50_tasks.ipynb #47861a46
 VAL = "validation images test"
 add(real("imagenet1k", "ImageNet-1k", 1000, 1_281_167, 50_000, "natural", "natural", "several repositories",
          "train/WNID/*.JPEG; val/WNID/*.JPEG, or val/*.JPEG and ILSVRC2012_devkit_t12/",
-         "image-net.org, after registration: ILSVRC2012_img_train.tar, _img_val.tar, _devkit_t12.tar.gz", "non-commercial research", VAL, protocol="linear, knn, finetune"),
+         "image-net.org, after registration: ILSVRC2012_img_train.tar, _img_val.tar, _devkit_t12.tar.gz", "non-commercial research", VAL,
+         protocol="linear, knn, finetune"),
     real("places205", "Places205", 205, 2_448_873, 20_500, "natural", "natural", "train: several repositories",
          "trainvalsplit_places205/*_places205.csv, data/vision/torralba/deeplearning/images256/",
-         "places.csail.mit.edu: imagesPlaces205_resize.tar.gz, trainvalsplit_places205.tar.gz", "research", VAL, protocol="linear, knn, finetune, lowshot"),
+         "places.csail.mit.edu: imagesPlaces205_resize.tar.gz, trainvalsplit_places205.tar.gz", "research", VAL,
+         protocol="linear, knn, finetune, lowshot"),
     real("inaturalist18", "iNaturalist 2018", 8142, 437_513, 24_426, "natural", "natural", TFDS, "train_val2018/, train2018.json, val2018.json",
-         "github.com/visipedia/inat_comp, year 2018", "non-commercial; each picture has a licence of its own", VAL, protocol="linear, knn, finetune"),
+         "github.com/visipedia/inat_comp, year 2018", "non-commercial; each picture has a licence of its own", VAL,
+         protocol="linear, knn, finetune"),
     real("voc07", "Pascal VOC 2007", 20, 5_011, 4_952, "warp", "natural", TFDS, "VOCdevkit/VOC2007/{Annotations,ImageSets,JPEGImages}/",
          "host.robots.ox.ac.uk/pascal/VOC/voc2007: VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar", "Flickr's terms",
          "trainval, test", protocol="svm, lowshot", metric="mAP", chance=0.073),
     real("sun397", "SUN397", 397, 76_128, 21_750, "warp", "natural", "about; 108,753 in all: TFDS", "SUN397/ClassName.txt, SUN397/a/abbey/*.jpg, …",
          "vision.princeton.edu/projects/2010/SUN: SUN397.tar.gz", "research", "seeded by class: 70 % train, 10 % unused, 20 % test, rounded down"))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #457405e3
+# %% ../../nbs/evaluate/50_tasks.ipynb #ccc1b744
 add(real("food101", "Food-101", 101, 75_750, 25_250, "natural", "natural", TFDS, "food-101/{images,meta}/",
          "data.vision.ee.ethz.ch/cvl/datasets_extra/food-101", "research"),
-    real("caltech101", "Caltech-101", 102, 3_060, 6_084, "natural", "natural", "train by rule, test not re-checked", "101_ObjectCategories/CLASS/*.jpg",
+    real("caltech101", "Caltech-101", 102, 3_060, 6_084, "natural", "natural", "train by rule, test not re-checked",
+         "101_ObjectCategories/CLASS/*.jpg",
          "data.caltech.edu: caltech-101.zip", "CC BY 4.0", "seeded: 30 per class train, the others test; with the background class"),
     real("stl10", "STL-10", 10, 5_000, 8_000, "whole", "natural", TFDS, "stl10_binary/*.bin", "cs.stanford.edu/~acoates/stl10", "ImageNet's terms"),
-    real("dtd", "Describable Textures", 47, 1_880, 1_880, "natural", "natural", TFDS, "dtd/{images,labels}/", "robots.ox.ac.uk/~vgg/data/dtd: dtd-r1.0.1.tar.gz",
+    real("dtd", "Describable Textures", 47, 1_880, 1_880, "natural", "natural", TFDS, "dtd/{images,labels}/",
+         "robots.ox.ac.uk/~vgg/data/dtd: dtd-r1.0.1.tar.gz",
          "research", "split 1: train, test; its validation images are unused"),
     real("openimages", "Open Images V6", 9605, 9_011_219, 125_436, "natural", "natural", "about: all images; those with a verified label are fewer",
          "oidv6-classes-trainable.txt, oidv6-train-annotations-human-imagelabels.csv, test-annotations-human-imagelabels.csv, train/, test/",
          "storage.googleapis.com/openimages/web", "labels CC BY 4.0, pictures CC BY 2.0", protocol="linear", metric="mAP", chance=float("nan")))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #4430a880
+# %% ../../nbs/evaluate/50_tasks.ipynb #019111ac
 add(real("oxford_flowers", "Oxford Flowers 102", 102, 2_040, 6_149, "natural", "fine-grained", TFDS, "jpg/, setid.mat, imagelabels.mat",
          "robots.ox.ac.uk/~vgg/data/flowers/102", "none stated", "train and val train"),
-    real("oxford_pets", "Oxford-IIIT Pets", 37, 3_680, 3_669, "natural", "fine-grained", TFDS, "images/, annotations/", "robots.ox.ac.uk/~vgg/data/pets", "CC BY-SA 4.0",
+    real("oxford_pets", "Oxford-IIIT Pets", 37, 3_680, 3_669, "natural", "fine-grained", TFDS, "images/, annotations/",
+         "robots.ox.ac.uk/~vgg/data/pets", "CC BY-SA 4.0",
          "trainval, test"),
     real("stanford_cars", "Stanford Cars", 196, 8_144, 8_041, "natural", "fine-grained", TFDS,
-         "cars_train/, cars_test/, devkit/cars_{meta,train_annos}.mat, cars_test_annos_withlabels.mat", "the authors' links are dead; mirrors exist", "non-commercial research"),
+         "cars_train/, cars_test/, devkit/cars_{meta,train_annos}.mat, cars_test_annos_withlabels.mat",
+         "the authors' links are dead; mirrors exist", "non-commercial research"),
     real("fgvc_aircrafts", "FGVC Aircraft, variants", 100, 6_667, 3_333, "natural", "fine-grained", STD, "fgvc-aircraft-2013b/data/",
          "robots.ox.ac.uk/~vgg/data/fgvc-aircraft", "non-commercial research", "trainval, test"),
-    real("cifar10", "CIFAR-10", 10, 50_000, 10_000, "whole", "small", TFDS, "cifar-10-batches-py/", "cs.toronto.edu/~kriz/cifar.html, Python version", "none stated"),
-    real("cifar100", "CIFAR-100", 100, 50_000, 10_000, "whole", "small", TFDS, "cifar-100-python/", "cs.toronto.edu/~kriz/cifar.html, Python version", "none stated"),
-    real("mnist", "MNIST", 10, 60_000, 10_000, "mnist", "small", TFDS, "MNIST/raw/*-ubyte", "torchvision.datasets.MNIST(root, download=True)", "CC BY-SA 3.0"),
-    real("svhn", "SVHN, cropped digits", 10, 73_257, 26_032, "whole_unflipped", "small", TFDS, "train_32x32.mat, test_32x32.mat", "ufldl.stanford.edu/housenumbers",
+    real("cifar10", "CIFAR-10", 10, 50_000, 10_000, "whole", "small", TFDS, "cifar-10-batches-py/",
+         "cs.toronto.edu/~kriz/cifar.html, Python version", "none stated"),
+    real("cifar100", "CIFAR-100", 100, 50_000, 10_000, "whole", "small", TFDS, "cifar-100-python/",
+         "cs.toronto.edu/~kriz/cifar.html, Python version", "none stated"),
+    real("mnist", "MNIST", 10, 60_000, 10_000, "mnist", "small", TFDS, "MNIST/raw/*-ubyte", "torchvision.datasets.MNIST(root, download=True)",
+         "CC BY-SA 3.0"),
+    real("svhn", "SVHN, cropped digits", 10, 73_257, 26_032, "whole_unflipped", "small", TFDS, "train_32x32.mat, test_32x32.mat",
+         "ufldl.stanford.edu/housenumbers",
          "non-commercial"),
-    real("gtsrb", "German traffic signs", 43, 26_640, 12_630, "natural", "small", STD, "GTSRB/Training/*/*.ppm, GTSRB/Final_Test/Images/, GT-final_test.csv",
-         "benchmark.ini.rub.de: GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip, GTSRB_Final_Test_GT.zip", "none stated", "the \"fixed\" training set, final test"))
+    real("gtsrb", "German traffic signs", 43, 26_640, 12_630, "natural", "small", STD,
+         "GTSRB/Training/*/*.ppm, GTSRB/Final_Test/Images/, GT-final_test.csv",
+         "benchmark.ini.rub.de: GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip, GTSRB_Final_Test_GT.zip", "none stated",
+         "the \"fixed\" training set, final test"))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #728b3ab5
+# %% ../../nbs/evaluate/50_tasks.ipynb #5ab96262
 SEEDED = "seeded 80 % / 20 %; VISSL's draw has no seed"
-add(real("ucf101", "UCF-101, middle frames", 101, 9_537, 3_783, "warp", "video", TFDS, "UCF-101/CLASS/FILM with extracted frames, ucfTrainTestlist/", "crcv.ucf.edu/data/UCF101.php",
+add(real("ucf101", "UCF-101, middle frames", 101, 9_537, 3_783, "warp", "video", TFDS,
+         "UCF-101/CLASS/FILM with extracted frames, ucfTrainTestlist/", "crcv.ucf.edu/data/UCF101.php",
          "none stated", "split 1"),
-    real("kinetics700", "Kinetics-700 (2020), middle frames", 700, 540_000, 35_000, "natural", "video", "about: films vanish", "train/CLASS/, val/CLASS/: a frame, or a folder of frames, per film",
+    real("kinetics700", "Kinetics-700 (2020), middle frames", 700, 540_000, 35_000, "natural", "video", "about: films vanish",
+         "train/CLASS/, val/CLASS/: a frame, or a folder of frames, per film",
          "github.com/cvdfoundation/kinetics-dataset", "lists CC BY 4.0, films under YouTube's terms", VAL),
-    real("kitti_dist", "KITTI, distance of the nearest vehicle", 4, 5_985, 1_496, "natural", "structured", "7,481 in all: TFDS", "training/{image_2,label_2}/",
+    real("kitti_dist", "KITTI, distance of the nearest vehicle", 4, 5_985, 1_496, "natural", "structured", "7,481 in all: TFDS",
+         "training/{image_2,label_2}/",
          "cvlibs.net/datasets/kitti: left colour images, training labels", "CC BY-NC-SA 3.0", SEEDED),
-    real("clevr_count", "CLEVR, number of objects", 8, 70_000, 15_000, "warp", "structured", STD, "CLEVR_v1.0/{images,scenes}/", "cs.stanford.edu/people/jcjohns/clevr: CLEVR_v1.0.zip",
+    real("clevr_count", "CLEVR, number of objects", 8, 70_000, 15_000, "warp", "structured", STD, "CLEVR_v1.0/{images,scenes}/",
+         "cs.stanford.edu/people/jcjohns/clevr: CLEVR_v1.0.zip",
          "CC BY 4.0", VAL, folder="clevr"),
-    real("clevr_dist", "CLEVR, distance of the nearest object", 6, 70_000, 15_000, "warp", "structured", STD, "CLEVR_v1.0/{images,scenes}/", "cs.stanford.edu/people/jcjohns/clevr: CLEVR_v1.0.zip",
+    real("clevr_dist", "CLEVR, distance of the nearest object", 6, 70_000, 15_000, "warp", "structured", STD, "CLEVR_v1.0/{images,scenes}/",
+         "cs.stanford.edu/people/jcjohns/clevr: CLEVR_v1.0.zip",
          "CC BY 4.0", VAL, folder="clevr"),
-    *(real(f"dsprites_{what}", f"dSprites, {word}", 16, 589_824, 147_456, "whole_unflipped", "structured", "737,280 in all: TFDS", "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz",
-           "github.com/google-deepmind/dsprites-dataset", "Apache 2.0", SEEDED, folder="dsprites") for what, word in (("loc", "horizontal place"), ("orient", "angle"))),
-    *(real(f"small_norb_{what}", f"small NORB, {what}", classes, 24_300, 24_300, "whole", "structured", TFDS, "smallnorb-…-{dat,info}.mat, unpacked",
-           "cs.nyu.edu/~ylclab/data/norb-v1.0-small", "research", "the data set's own; first camera only", folder="small_norb") for what, classes in (("azimuth", 18), ("elevation", 9))))
+    *(real(f"dsprites_{what}", f"dSprites, {word}", 16, 589_824, 147_456, "whole_unflipped", "structured", "737,280 in all: TFDS",
+         "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz",
+           "github.com/google-deepmind/dsprites-dataset", "Apache 2.0", SEEDED, folder="dsprites") for what, word in (("loc", "horizontal place"),
+         ("orient", "angle"))),
+    *(real(f"small_norb_{what}", f"small NORB, {what}", classes, 24_300, 24_300, "whole", "structured", TFDS,
+         "smallnorb-…-{dat,info}.mat, unpacked",
+           "cs.nyu.edu/~ylclab/data/norb-v1.0-small", "research", "the data set's own; first camera only", folder="small_norb") for what,
+           classes in (("azimuth", 18), ("elevation", 9))))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #1454815c
-add(real("euro_sat", "EuroSAT, RGB", 10, 10_000, 5_000, "whole", "specialised", "by rule; 27,000 in all: TFDS", "2750/CLASS/*.jpg", "github.com/phelber/EuroSAT: EuroSAT.zip", "MIT",
+# %% ../../nbs/evaluate/50_tasks.ipynb #8815be2b
+add(real("euro_sat", "EuroSAT, RGB", 10, 10_000, 5_000, "whole", "specialised", "by rule; 27,000 in all: TFDS", "2750/CLASS/*.jpg",
+         "github.com/phelber/EuroSAT: EuroSAT.zip", "MIT",
          "images 1 to 1000 of each class train, the next 500 test"),
-    real("resisc45", "NWPU-RESISC45", 45, 25_200, 6_300, "whole", "specialised", "by rule; 31,500 in all: TFDS", "NWPU-RESISC45/CLASS/*.jpg", "by hand, from the authors' OneDrive", "research",
+    real("resisc45", "NWPU-RESISC45", 45, 25_200, 6_300, "whole", "specialised", "by rule; 31,500 in all: TFDS", "NWPU-RESISC45/CLASS/*.jpg",
+         "by hand, from the authors' OneDrive", "research",
          "80 % / 20 % of each class, random.Random(42)"),
-    real("patch_camelyon", "PatchCamelyon", 2, 262_144, 32_768, "whole", "specialised", TFDS, "camelyonpatch_level_2_split_{train,valid}_{x,y}.h5, unpacked", "zenodo.org/records/2546921", "CC0",
+    real("patch_camelyon", "PatchCamelyon", 2, 262_144, 32_768, "whole", "specialised", TFDS,
+         "camelyonpatch_level_2_split_{train,valid}_{x,y}.h5, unpacked", "zenodo.org/records/2546921", "CC0",
          "train; tested on the VALIDATION part, as VISSL does"),
-    real("wilds_iwildcam", "iWildCam (WILDS), known cameras", 182, 129_809, 8_154, "natural", "specialised", "a repository", "metadata.csv, categories.csv, train/", "wilds.stanford.edu: iwildcam_v2.0",
+    real("wilds_iwildcam", "iWildCam (WILDS), known cameras", 182, 129_809, 8_154, "natural", "specialised", "a repository",
+         "metadata.csv, categories.csv, train/", "wilds.stanford.edu: iwildcam_v2.0",
          "CDLA-Permissive", "train, id_test", test_part="id_test"),
-    real("iwildcam_ood", "iWildCam (WILDS), new cameras", 182, 129_809, 42_791, "natural", "robustness", "train: a repository", "metadata.csv, categories.csv, train/", "wilds.stanford.edu: iwildcam_v2.0",
+    real("iwildcam_ood", "iWildCam (WILDS), new cameras", 182, 129_809, 42_791, "natural", "robustness", "train: a repository",
+         "metadata.csv, categories.csv, train/", "wilds.stanford.edu: iwildcam_v2.0",
          "CDLA-Permissive", "train, test", folder="wilds_iwildcam"),
-    real("hateful_memes", "Hateful Memes, pictures only", 2, 8_500, 500, "natural", "specialised", STD, "img/, train.jsonl, dev_seen.jsonl", "hatefulmemeschallenge.com, after registration", "its own licence",
+    real("hateful_memes", "Hateful Memes, pictures only", 2, 8_500, 500, "natural", "specialised", STD, "img/, train.jsonl, dev_seen.jsonl",
+         "hatefulmemeschallenge.com, after registration", "its own licence",
          "train, dev", protocol="linear", metric="ROC-AUC", chance=0.5))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #f0a95500
+# %% ../../nbs/evaluate/50_tasks.ipynb #660f0eb6
 OOD = dict(protocol="robustness", split="test only")
-add(real("imagenet_a", "ImageNet-A", 200, 0, 7_500, "natural", "robustness", TFDS, "imagenet-a/WNID/*.jpg", "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", "code MIT, pictures their owners'", **OOD),
-    real("imagenet_r", "ImageNet-R", 200, 0, 30_000, "natural", "robustness", TFDS, "imagenet-r/WNID/*.jpg", "github.com/hendrycks/imagenet-r: imagenet-r.tar", "code MIT, pictures their owners'", **OOD),
-    real("imagenet_sketch", "ImageNet-Sketch", 1000, 0, 50_889, "natural", "robustness", TFDS, "sketch/WNID/*.JPEG", "github.com/HaohanWang/ImageNet-Sketch", "pictures their owners'", **OOD),
-    real("imagenet_v2", "ImageNet-V2, matched frequency", 1000, 0, 10_000, "centre", "robustness", TFDS, "imagenetv2-matched-frequency-format-val/{0…999}/*.jpeg",
+add(real("imagenet_a", "ImageNet-A", 200, 0, 7_500, "natural", "robustness", TFDS, "imagenet-a/WNID/*.jpg",
+         "github.com/hendrycks/natural-adv-examples: imagenet-a.tar", "code MIT, pictures their owners'", **OOD),
+    real("imagenet_r", "ImageNet-R", 200, 0, 30_000, "natural", "robustness", TFDS, "imagenet-r/WNID/*.jpg",
+         "github.com/hendrycks/imagenet-r: imagenet-r.tar", "code MIT, pictures their owners'", **OOD),
+    real("imagenet_sketch", "ImageNet-Sketch", 1000, 0, 50_889, "natural", "robustness", TFDS, "sketch/WNID/*.JPEG",
+         "github.com/HaohanWang/ImageNet-Sketch", "pictures their owners'", **OOD),
+    real("imagenet_v2", "ImageNet-V2, matched frequency", 1000, 0, 10_000, "centre", "robustness", TFDS,
+         "imagenetv2-matched-frequency-format-val/{0…999}/*.jpeg",
          "github.com/modestyachts/ImageNetV2", "code MIT, pictures their owners'", **OOD),
-    real("imagenet_real", "ImageNet-ReaL", 1000, 0, 50_000, "centre", "robustness", "TFDS; 46,837 with a label: counted in a copy of real.json", "real.json, val/ (ImageNet's; a link will do)",
+    real("imagenet_real", "ImageNet-ReaL", 1000, 0, 50_000, "centre", "robustness", "TFDS; 46,837 with a label: counted in a copy of real.json",
+         "real.json, val/ (ImageNet's; a link will do)",
          "github.com/google-research/reassessed-imagenet: real.json", "labels Apache 2.0", **OOD),
-    real("objectnet", "ObjectNet, the 113 classes of ImageNet", 113, 0, 18_574, "centre_bicubic", "robustness", "50,273 in all: a repository; 18,574 not re-checked",
+    real("objectnet", "ObjectNet, the 113 classes of ImageNet", 113, 0, 18_574, "centre_bicubic", "robustness",
+         "50,273 in all: a repository; 18,574 not re-checked",
          "objectnet-1.0/{images,mappings}/", "objectnet.dev: objectnet-1.0.zip, password on the site", "CC BY 4.0, and: never train on it", **OOD))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #eabb047a
-SHOTS = ("caltech101", "cifar100", "clevr_count", "clevr_dist", "dsprites_loc", "dsprites_orient", "dtd", "euro_sat", "kitti_dist", "oxford_flowers", "oxford_pets",
-         "patch_camelyon", "small_norb_azimuth", "small_norb_elevation", "sun397", "svhn")
+# %% ../../nbs/evaluate/50_tasks.ipynb #d955406f
+SHOTS = ("caltech101", "cifar100", "clevr_count", "clevr_dist", "dsprites_loc", "dsprites_orient", "dtd", "euro_sat", "kitti_dist",
+         "oxford_flowers", "oxford_pets", "patch_camelyon", "small_norb_azimuth", "small_norb_elevation", "sun397", "svhn")
 
 
 def again(
@@ -245,18 +279,21 @@ def again(
                                paper_source="; ".join(dict.fromkeys(source for _, source in scores.values())), **changes)
 
 
-add(*(again(base, f"{base}_1000", train=1000, limit=1000, protocol="lowshot", group="few labels", split=f"1000 training images, all classes alike; {ROWS[base].split}") for base in SHOTS),
+add(*(again(base, f"{base}_1000", train=1000, limit=1000, protocol="lowshot", group="few labels",
+           split=f"1000 training images, all classes alike; {ROWS[base].split}") for base in SHOTS),
     again("imagenet1k", "imagenet1k_1pct", train=12_811, protocol="finetune", group="few labels", split="SimCLR's list 1percent.txt", checked=STD,
           get=ROWS["imagenet1k"].get + "; 1percent.txt: github.com/google-research/simclr"),
-    again("imagenet1k", "imagenet1k_10pct", train=128_116, protocol="finetune", group="few labels", split="SimCLR's list 10percent.txt", checked=STD,
+    again("imagenet1k", "imagenet1k_10pct", train=128_116, protocol="finetune", group="few labels", split="SimCLR's list 10percent.txt",
+         checked=STD,
           get=ROWS["imagenet1k"].get + "; 10percent.txt: github.com/google-research/simclr"),
     again("voc07", "voc07_lowshot", protocol="lowshot", group="few labels", split="1 to 96 positive images per class, five draws; test"),
     again("places205", "places205_lowshot", protocol="lowshot", group="few labels", split="k images per class, five draws; validation images test"),
     again("voc07", "voc07_detection", protocol="detection", group="detection", metric="box AP50", chance=0.0, transform="detection"),
-    real("coco_detection", "COCO 2017", 80, 118_287, 5_000, "detection", "detection", STD, "train2017/, val2017/, annotations/instances_{train,val}2017.json", "cocodataset.org",
+    real("coco_detection", "COCO 2017", 80, 118_287, 5_000, "detection", "detection", STD,
+         "train2017/, val2017/, annotations/instances_{train,val}2017.json", "cocodataset.org",
          "labels CC BY 4.0, pictures Flickr's terms", VAL, protocol="detection", metric="box AP", chance=0.0))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #851aa022
+# %% ../../nbs/evaluate/50_tasks.ipynb #e355c40e
 def task_table():
     "Build `TASKS`, a pandas DataFrame with one row per benchmark, indexed by slug."
     pd = needed("pandas", "notebooks")
@@ -266,7 +303,10 @@ def task_table():
 def published(
     slug: str = "",  # only the rows of this task; empty: all
 ):
-    "Return the published scores as a DataFrame: slug (empty: not a task of this table), the row as printed, and `number`, NaN where a bound or words are printed."
+    """Return the published scores as a DataFrame: `slug` (empty: not a task of this table), the row as printed, and `number`.
+
+    `number` is NaN where a bound or words are printed.
+    """
     pd = needed("pandas", "notebooks")
     slugs = {name: known for known, names in BENCHMARKS.items() for name in names}
     table = pd.DataFrame(published_rows())
