@@ -107,9 +107,9 @@ def test_shared_folders_and_parts(monkeypatch, tmp_path):
     for slug in ("clevr_dist", "wilds_iwildcam"): monkeypatch.setitem(tasks.READERS, slug, read)
     for slug in ("clevr_dist", "clevr_dist_1000"): tasks.open_task(slug, tmp_path, "test")
     (tmp_path / "clevr_dist").mkdir()
-    tasks.open_task("clevr_dist", tmp_path, "train")
+    for slug in ("clevr_dist", "clevr_dist_1000"): tasks.open_task(slug, tmp_path, "train")
     for slug in ("wilds_iwildcam", "iwildcam_ood"): tasks.open_task(slug, tmp_path, "test")
-    assert [(folder.name, part) for folder, part in seen] == [("clevr", "test"), ("clevr", "test"), ("clevr_dist", "train"),
+    assert [(folder.name, part) for folder, part in seen] == [("clevr", "test"), ("clevr", "test"), ("clevr_dist", "train"), ("clevr_dist", "train"),
                                                               ("wilds_iwildcam", "id_test"), ("wilds_iwildcam", "test")]
 
 

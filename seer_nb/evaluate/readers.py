@@ -52,14 +52,14 @@ def read_image(
     except BadImage as error: raise BadImage(error.reason, f"{error.message} ({names[i]})") from None
     return image[:, border:image.shape[1] - border, border:image.shape[2] - border]
 
-# %% ../../nbs/evaluate/48_readers.ipynb #11f0fe82
+# %% ../../nbs/evaluate/48_readers.ipynb #591c5d34
 def below(
     names,  # iterable of paths
 ) -> tuple:
     "Return the names as a tuple. Raises `ValueError` for one that leads out of its folder."
     names = tuple(names)
     for name in names:
-        if os.path.isabs(name) or "\0" in name or ".." in re.split(r"[/\\]", name):
+        if name[:1] in "/\\" or "\0" in name or ".." in name and ".." in re.split(r"[/\\]", name) or os.path.isabs(name):
             raise ValueError(f"the name {name!r} leads out of the data set's folder")
     return names
 
@@ -309,12 +309,16 @@ def read_dtd(root: Path, split: str) -> Listing:
     names, classes = [line[0] for line in lines(top / "labels" / pick(split, "train1.txt", "test1.txt"))], subfolders(top / "images")
     return files(top / "images", names, [classes.index(name.partition("/")[0]) for name in names], classes)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #25462785
+# %% ../../nbs/evaluate/48_readers.ipynb #d21a3fdf
 def read_places205(root: Path, split: str) -> Listing:
     "Read Places205: `trainvalsplit_places205/*_places205.csv` and `data/vision/torralba/deeplearning/images256`; tests on val."
-    rows = lines(find(root, f"trainvalsplit_places205/{pick(split, 'train', 'val')}_places205.csv"))
-    names, labels = [row[0].lstrip("/") for row in rows], [int(row[1]) for row in rows]
-    scene = {label: name.rpartition("/")[0][2:] for name, label in zip(names, labels)}
+    names, labels, scene = [], [], {}
+    with open(find(root, f"trainvalsplit_places205/{pick(split, 'train', 'val')}_places205.csv"), encoding="utf-8") as file:
+        for line in file:
+            name, _, label = line.strip().lstrip("/").rpartition(" ")
+            names.append(name)
+            labels.append(label := int(label))
+            if label not in scene: scene[label] = name.rpartition("/")[0][2:]
     if sorted(scene) != list(range(len(scene))): raise ValueError(f"the labels of Places205's list are not 0 to {len(scene) - 1}")
     return files(find(root, "data/vision/torralba/deeplearning/images256"), names, labels, [scene[k] for k in range(len(scene))])
 

@@ -358,14 +358,14 @@ toy_images = functools.lru_cache(8)(toy_task)
 
 READERS = {**FILE_READERS}   # slug -> read(folder, split); the readers of page 49, for computed labels, join here
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #a93044aa
+# %% ../../nbs/evaluate/50_tasks.ipynb #04e4eee8
 def task_folder(
     row: Task,
     root,  # folder that holds the data sets
 ) -> Path:
-    "Return where a task's files are: root/slug, or the folder it shares with other tasks."
-    own = Path(root, row.slug)
-    return own if own.exists() else Path(root, row.folder or row.slug)
+    "Return where a task's files are: root/slug if it is there, or the folder it shares with other tasks."
+    places = [Path(root, name) for name in (row.slug, row.slug.removesuffix("_1000"), row.folder or row.slug)]
+    return next((place for place in places if place.exists()), places[-1])
 
 
 def missing_message(
@@ -378,7 +378,7 @@ def missing_message(
     return (f"{row.slug} is not there: {what} is missing\n  where to get it: {row.get}\n  licence: {row.licence} (a reminder: read the terms)\n"
             f"  where it belongs: {Path(root, place)}, with {row.layout}")
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #2493289e
+# %% ../../nbs/evaluate/50_tasks.ipynb #5ee34dd4
 def choose(
     labels,   # [N] integers, or [N, C]
     n: int,   # how many, at most N
@@ -386,7 +386,9 @@ def choose(
     "Return the places of `n` images, ascending, from all classes alike; several labels per image: from all images."
     if getattr(labels, "ndim", 1) == 2: return np.sort(stateless_rng(0).permutation(len(labels))[:n])
     labels, turn = np.asarray(labels), np.empty(len(labels), np.int64)
-    for k in np.unique(labels): turn[np.flatnonzero(labels == k)] = stateless_rng(0, int(k)).permutation((labels == k).sum())
+    classes, counts = np.unique(labels, return_counts=True)
+    for k, members in zip(classes, np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])):
+        turn[members] = stateless_rng(0, int(k)).permutation(len(members))
     return np.sort(np.lexsort((labels, turn))[:n])
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #7865fd63
