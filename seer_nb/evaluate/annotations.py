@@ -11,9 +11,9 @@ __all__ = ['CLEVR_COUNTS', 'CLEVR_DEPTHS', 'VEHICLES', 'KITTI_CLASSES', 'MATRIX_
            'read_dsprites_loc', 'read_dsprites_orient', 'needed', 'h5_array', 'patch', 'read_patch_camelyon',
            'class_folders', 'from_folders', 'read_euro_sat', 'split_folders', 'read_resisc45', 'middle', 'middle_frame',
            'read_ucf101', 'clean_class', 'read_kinetics700', 'read_wilds_iwildcam', 'read_hateful_memes', 'Claims',
-           'read_openimages']
+           'parse_claims', 'read_openimages']
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #3155ab7a
+# %% ../../nbs/evaluate/49_annotations.ipynb #289bb526
 import contextlib
 import csv
 import functools
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import warnings
 import zipfile
 import zlib
 from bisect import bisect_left
@@ -122,12 +123,13 @@ def read_clevr_dist(
     "Read CLEVR: how near is the nearest object?"
     return read_scenes(root, split, [f"below_{depth}" for depth in CLEVR_DEPTHS], scene_depth)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #4e0b4f69
+# %% ../../nbs/evaluate/49_annotations.ipynb #9937fe17
 def four_fifths(
     n: int,      # number of images
     split: str,  # train: 80 % of them, chosen once and for all; test: the others
 ) -> np.ndarray:
     "Return which of `n` images belong to a split, ascending, int64. For data sets that VISSL split without a seed."
+    if n < 1: raise ValueError("there is no image to split")
     order, cut = shuffled(np.arange(n), n, seed=0), round(0.8 * n)
     return np.sort(pick(split, train=order[:cut], test=order[cut:]))
 
@@ -147,14 +149,14 @@ def nearest_vehicle(
     if not np.isfinite(distances).all(): raise ValueError("a distance is no number")
     return min(distances, default=-math.inf)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #8addad79
+# %% ../../nbs/evaluate/49_annotations.ipynb #0b45ea15
 def read_kitti_dist(
     root,        # holds training/image_2 and training/label_2
     split: str,  # train or test
 ) -> Listing:
     "Read KITTI's object images: how far is the nearest vehicle?"
     folder = Path(root) / "training"
-    with reading(folder): stems, pictures = ([p.stem for p in sorted((folder / part).iterdir())] for part in ("label_2", "image_2"))
+    with reading(folder): stems, pictures = (sorted(p.stem for p in (folder / part).iterdir() if p.suffix == end) for part, end in (("label_2", ".txt"), ("image_2", ".png")))
     if stems != pictures: raise ValueError(f"{folder}: image_2 and label_2 do not fit: {min(set(stems) ^ set(pictures))} is in one of them only")
     distances = []
     for stem in stems:
@@ -238,7 +240,7 @@ def read_small_norb_azimuth(
     "Read small NORB: from which side does the camera look?"
     return read_small_norb(root, split, 2, range(0, 360, 20), 2)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #fb830e0c
+# %% ../../nbs/evaluate/49_annotations.ipynb #80274fb4
 @contextlib.contextmanager
 def open_member(
     archive,      # an open zipfile.ZipFile
@@ -248,15 +250,16 @@ def open_member(
 ):
     "Give the number of rows of an array in an .npz, and the stream of its bytes. Raises `ValueError` if it is not what was expected."
     with archive.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        (found, fortran, kind), start = header(file), file.tell()
+        header = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else np.lib.format.read_array_header_2_0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Reading `.npy`")     # the header may come from Python 2
+            (found, fortran, kind), start = header(file), file.tell()
         if kind != np.dtype(dtype) or fortran or not found or found[1:] != shape: raise ValueError(f"{name} is {kind} {found}, not {np.dtype(dtype)} (N, {str(shape)[1:-1].rstrip(',')})")
         promised, size = start + math.prod(found) * kind.itemsize, archive.getinfo(f"{name}.npy").file_size
         if promised != size: raise ValueError(f"{name} promises {promised:,} bytes for {found}, the archive has {size:,}")
         yield found[0], file
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #4854a624
+# %% ../../nbs/evaluate/49_annotations.ipynb #30f39486
 SPRITES_IN_BLOCK = 256   # images
 SPRITES = 737_280        # images in the whole archive: 3 shapes, 6 sizes, 40 angles, 32 x 32 places
 
@@ -281,8 +284,10 @@ def deflate_bits(file, n):
     "Yield blocks of images from a stream of n x 4096 bytes."
     for first in range(0, n, SPRITES_IN_BLOCK):
         block = np.frombuffer(file.read(4096 * min(SPRITES_IN_BLOCK, n - first)), np.uint8)
+        if len(block) != 4096 * min(SPRITES_IN_BLOCK, n - first): raise ValueError("it ends too early")
         if block.max() > 1: raise ValueError("a pixel is neither 0 nor 1")
         yield zlib.compress(np.packbits(block).tobytes(), 1)
+    file.read(1)       # the end of the stream: its checksum is looked at
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #3474efe7
 def sprite(
@@ -368,15 +373,16 @@ def read_patch_camelyon(
     if labels.max(initial=0) > 1: raise ValueError(f"{y}: a label is neither 0 nor 1")
     return Listing(("no_tumor", "tumor"), labels.astype(np.int64), partial(patch, x), np.char.mod(f"{stem}_x.h5[%d]", np.arange(len(labels))))
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #31c54ea0
+# %% ../../nbs/evaluate/49_annotations.ipynb #94d2c37b
 def class_folders(
     root,  # holds a folder per class
 ) -> dict:
     "Return the sorted names of the pictures in each class folder, by class name, sorted."
     with reading(root):
         found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-        if not found: raise ValueError("there is no class folder in it")
-        return {name: sorted(f for f in os.listdir(Path(root) / name) if f.lower().endswith(EXTENSIONS)) for name in found}
+        pictures = {name: sorted(f for f in os.listdir(Path(root) / name) if f.lower().endswith(EXTENSIONS)) for name in found}
+    if not pictures: raise FileNotFoundError(f"{root} holds no folder of a class")
+    return pictures
 
 
 def from_folders(root, pictures: dict) -> Listing:
@@ -439,7 +445,7 @@ def middle_frame(
         return decode_image(os.path.join(path, frames[middle(len(frames))]))
     except BadImage as error: raise BadImage(error.reason, f"{error.message} ({names[i]}: were its frames extracted?)") from None
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #34960021
+# %% ../../nbs/evaluate/49_annotations.ipynb #72a34e36
 def read_ucf101(
     root,        # holds UCF-101 with extracted frames, and ucfTrainTestlist
     split: str,  # train or test, of the first of the three splits
@@ -468,16 +474,16 @@ def read_kinetics700(
     split: str,  # train or test (Kinetics' val)
 ) -> Listing:
     "Read the middle frames of Kinetics-700 (2020), of the films that exist."
-    part, films = pick(split, train="train", test="val"), []
-    with reading(path := Path(root) / part):
-        for entry in os.scandir(path):
-            if entry.is_dir(): films += [(clean_class(entry.name), f"{part}/{entry.name}/{film}") for film in {
-                f.name if f.is_dir() else os.path.splitext(f.name)[0] for f in os.scandir(entry) if f.is_dir() or f.name.endswith(".jpg")}]
-        if not films: raise ValueError("there is no frame in it; were the frames extracted?")
-    films.sort()
-    classes, labels = np.unique([name for name, _ in films], return_inverse=True)
-    names = tuple(film for _, film in films)
-    return Listing(tuple(classes.tolist()), labels, partial(middle_frame, os.fspath(root), names), names)
+    part, films, folders = pick(split, train="train", test="val"), set(), {}
+    for each in ("train", "val"):
+        with reading(path := Path(root) / each): folders[each] = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+    for name in folders[part]:
+        found = [f for f in os.scandir(Path(root) / part / name) if f.is_dir() or f.name.endswith(".jpg")]
+        films |= {(clean_class(name), f"{part}/{name}/{f.name.removesuffix('.jpg')}") for f in found}
+    if not films: raise ValueError(f"{Path(root) / part}: there is no frame in it; were the frames extracted?")
+    classes = sorted({clean_class(name) for found in folders.values() for name in found})
+    labels, names = zip(*[(classes.index(name), film) for name, film in sorted(films)])
+    return Listing(tuple(classes), np.array(labels, np.int64), partial(middle_frame, os.fspath(root), names), names)
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #86085236
 def read_wilds_iwildcam(
@@ -535,26 +541,39 @@ class Claims:
 
     def __array__(self, dtype=None, copy=None): return self[:].astype(dtype or np.int8, copy=False)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #79dc60f7
+# %% ../../nbs/evaluate/49_annotations.ipynb #c74ac820
+def parse_claims(
+    path,     # CSV with ImageID, LabelName and Confidence
+    classes,  # names of the classes that count
+) -> tuple:
+    "Return the images of a list, sorted, and their `Claims`."
+    pd, parts, seen = needed("pandas"), [], {}                                  # seen: image -> number, in order of appearance
+    for lines in pd.read_csv(path, usecols=["ImageID", "LabelName", "Confidence"], dtype={"ImageID": str, "LabelName": str, "Confidence": np.float32}, chunksize=2**20):
+        if lines.isna().to_numpy().any(): raise ValueError("a line is not complete")
+        lines = lines[lines.LabelName.isin(classes)]
+        codes, images = pd.factorize(lines.ImageID)
+        rows = np.array([seen.setdefault(image, len(seen)) for image in images], np.int64)[codes]
+        parts.append((rows, pd.Index(classes).get_indexer(lines.LabelName), lines.Confidence.to_numpy() > 0.5))
+    if not seen: raise ValueError("no line is about a trainable class")
+    names = sorted(seen)
+    place = np.empty(len(seen), np.int64)
+    place[[seen[name] for name in names]] = np.arange(len(seen))
+    rows, columns, present = (np.concatenate(part) for part in zip(*parts))
+    keys, which = np.unique(place[rows] * len(classes) + columns, return_inverse=True)
+    present = np.bincount(which, present, len(keys)) > 0
+    return names, Claims(np.searchsorted(keys, np.arange(len(names) + 1) * len(classes)), keys % len(classes), present, len(classes))
+
+
 def read_openimages(
     root,        # holds oidv6-classes-trainable.txt, the lists of human-verified labels, and folders train, validation, test of images
     split: str,  # train, test or validation
 ) -> Listing:
     "Read OpenImages V6 with its human-verified image labels; `labels` are `Claims`."
-    pd, root = needed("pandas"), Path(root)
-    table = root / pick(split, train="oidv6-train-annotations-human-imagelabels.csv", test="test-annotations-human-imagelabels.csv",
-                        validation="validation-annotations-human-imagelabels.csv")
-    with reading(path := root / "oidv6-classes-trainable.txt"):
+    table = Path(root) / pick(split, train="oidv6-train-annotations-human-imagelabels.csv", test="test-annotations-human-imagelabels.csv",
+                              validation="validation-annotations-human-imagelabels.csv")
+    with reading(path := Path(root) / "oidv6-classes-trainable.txt"):
         classes = path.read_text().split()
         if not 1 <= len(set(classes)) == len(classes): raise ValueError("it is empty or names a class twice")
     with reading(table):
-        claims = pd.read_csv(table, usecols=["ImageID", "LabelName", "Confidence"], dtype={"ImageID": "category", "LabelName": "category", "Confidence": np.float32})
-        if claims.isna().to_numpy().any(): raise ValueError("a line is not complete")
-        columns = pd.Index(classes).get_indexer(claims.LabelName.cat.categories)[claims.LabelName.cat.codes]   # -1: a class that is not trainable
-        known = columns >= 0
-        found, rows = np.unique(claims.ImageID.cat.codes.to_numpy()[known], return_inverse=True)
-        keys, where = np.unique(rows * len(classes) + columns[known], return_inverse=True)
-        present = np.bincount(where, claims.Confidence.to_numpy()[known] > 0.5, len(keys)) > 0
-        labels = Claims(np.searchsorted(keys, np.arange(len(found) + 1) * len(classes)), keys % len(classes), present, len(classes))
-        names = [f"{split}/{name}.jpg" for name in claims.ImageID.cat.categories[found]]
-        return files(root, names, np.zeros(len(names)), classes)._replace(labels=labels)
+        images, labels = parse_claims(table, classes)
+        return files(root, [f"{split}/{image}.jpg" for image in images], np.zeros(len(images)), classes)._replace(labels=labels)
