@@ -451,7 +451,7 @@ def test_resisc45(tmp_path):
 
 
 def test_no_class_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder of a class"): ann.read_resisc45(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="CLASS is missing"): ann.read_resisc45(tmp_path, "train")
 
 
 # ── films ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['CLEVR_COUNTS', 'CLEVR_DEPTHS', 'VEHICLES', 'KITTI_CLASSES', 'MATRIX_DTYPES', 'NORB_PARTS', 'SPRITES_IN_BLOCK',
-           'SPRITES', 'open_block', 'pick', 'unpacked', 'reading', 'in_order', 'scene_count', 'scene_depth',
+           'SPRITES', 'open_block', 'part_of', 'unpacked', 'reading', 'in_order', 'scene_count', 'scene_depth',
            'read_scenes', 'read_clevr_count', 'read_clevr_dist', 'four_fifths', 'nearest_vehicle', 'read_kitti_dist',
            'Matrix', 'open_matrix', 'matrix_rows', 'first_camera', 'read_small_norb', 'read_small_norb_elevation',
            'read_small_norb_azimuth', 'open_member', 'pack_sprites', 'deflate_bits', 'sprite', 'read_dsprites',
-           'read_dsprites_loc', 'read_dsprites_orient', 'needed', 'h5_array', 'patch', 'read_patch_camelyon',
-           'class_folders', 'from_folders', 'read_euro_sat', 'split_folders', 'read_resisc45', 'middle', 'middle_frame',
-           'read_ucf101', 'clean_class', 'read_kinetics700', 'read_wilds_iwildcam', 'read_hateful_memes', 'Claims',
-           'parse_claims', 'read_openimages']
+           'read_dsprites_loc', 'read_dsprites_orient', 'h5_array', 'patch', 'read_patch_camelyon', 'class_folders',
+           'from_folders', 'read_euro_sat', 'split_resisc45', 'read_resisc45', 'middle', 'middle_frame', 'read_ucf101',
+           'clean_class', 'read_kinetics700', 'read_wilds_iwildcam', 'read_hateful_memes', 'Claims', 'parse_claims',
+           'read_openimages']
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #289bb526
+# %% ../../nbs/evaluate/49_annotations.ipynb #e398501f
 import contextlib
 import csv
 import functools
-import importlib
 import json
 import math
 import os
@@ -33,11 +32,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .readers import Listing, below, files
+from .readers import Listing, below, files, needed
 from ..images import EXTENSIONS, BadImage, decode_image, shuffled
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #1bb6ddf6
-def pick(
+# %% ../../nbs/evaluate/49_annotations.ipynb #910310a4
+def part_of(
     split: str,  # what was asked for
     **parts,     # what there is, by name
 ):
@@ -96,10 +95,15 @@ def scene_depth(
     if not 0 <= nearest <= 100: raise ValueError(f"an object is {nearest} away; CLEVR's are between 0 and 100")
     return bisect_left(CLEVR_DEPTHS, nearest)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #8c409504
-def read_scenes(root, split, names, place) -> Listing:
-    "Read CLEVR with labels that `place(objects)` finds in a list of class names."
-    part = pick(split, train="train", test="val")
+# %% ../../nbs/evaluate/49_annotations.ipynb #6afcf162
+def read_scenes(
+    root,   # holds CLEVR_v1.0, or is it
+    split,  # train or test
+    names,  # of the classes
+    place,  # place(objects) -> which of the names
+) -> Listing:
+    "Read CLEVR with labels that are computed from the objects of a scene."
+    part = part_of(split, train="train", test="val")
     root = unpacked(root, "CLEVR_v1.0")
     with reading(path := root / f"scenes/CLEVR_{part}_scenes.json"):
         scenes = json.loads(path.read_bytes())["scenes"]
@@ -123,7 +127,7 @@ def read_clevr_dist(
     "Read CLEVR: how near is the nearest object?"
     return read_scenes(root, split, [f"below_{depth}" for depth in CLEVR_DEPTHS], scene_depth)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #9937fe17
+# %% ../../nbs/evaluate/49_annotations.ipynb #b07115ee
 def four_fifths(
     n: int,      # number of images
     split: str,  # train: 80 % of them, chosen once and for all; test: the others
@@ -131,7 +135,7 @@ def four_fifths(
     "Return which of `n` images belong to a split, ascending, int64. For data sets that VISSL split without a seed."
     if n < 1: raise ValueError("there is no image to split")
     order, cut = shuffled(np.arange(n), n, seed=0), round(0.8 * n)
-    return np.sort(pick(split, train=order[:cut], test=order[cut:]))
+    return np.sort(part_of(split, train=order[:cut], test=order[cut:]))
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #68665b26
 VEHICLES = ("Car", "Van", "Truck")
@@ -203,18 +207,27 @@ def matrix_rows(
     if len(found) < count * row: raise BadImage("truncated", f"{matrix.path} has become shorter")
     return found.reshape(count, *matrix.shape[1:])
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #05e45175
+# %% ../../nbs/evaluate/49_annotations.ipynb #9f79a966
 NORB_PARTS = {"train": "smallnorb-5x46789x9x18x6x2x96x96-training", "test": "smallnorb-5x01235x9x18x6x2x96x96-testing"}
 
 
-def first_camera(matrix, i) -> torch.Tensor:
+def first_camera(
+    matrix: Matrix,  # [N, 2, H, W]
+    i: int,
+) -> torch.Tensor:
     "Return image `i` of the left camera, uint8 [3, H, W]."
     return torch.from_numpy(matrix_rows(matrix, i)[0, 0]).repeat(3, 1, 1)
 
 
-def read_small_norb(root, split, column, degrees, step) -> Listing:
-    "Read small NORB with the angle in a column of `info`, which counts in units of `step`, as label."
-    stem = Path(root) / pick(split, **NORB_PARTS)
+def read_small_norb(
+    root,     # holds the unpacked matrices
+    split,    # train or test
+    column,   # of `info`: the angle that is asked for
+    degrees,  # angles of the classes
+    step,     # what lies between two of them in `info`
+) -> Listing:
+    "Read small NORB with an angle of the camera as label."
+    stem = Path(root) / part_of(split, **NORB_PARTS)
     images, info = open_matrix(f"{stem}-dat.mat"), open_matrix(f"{stem}-info.mat")
     n = info.shape[0]
     if (info.dtype, info.shape[1:]) != ("<i4", (4,)) or images.dtype != "u1" or images.shape[:2] != (n, 2) or len(images.shape) != 4:
@@ -259,7 +272,7 @@ def open_member(
         if promised != size: raise ValueError(f"{name} promises {promised:,} bytes for {found}, the archive has {size:,}")
         yield found[0], file
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #30f39486
+# %% ../../nbs/evaluate/49_annotations.ipynb #03291b35
 SPRITES_IN_BLOCK = 256   # images
 SPRITES = 737_280        # images in the whole archive: 3 shapes, 6 sizes, 40 angles, 32 x 32 places
 
@@ -280,8 +293,11 @@ def pack_sprites(
             return tuple(deflate_bits(file, n)), latents
 
 
-def deflate_bits(file, n):
-    "Yield blocks of images from a stream of n x 4096 bytes."
+def deflate_bits(
+    file,    # stream of n x 4096 bytes, each 0 or 1
+    n: int,  # images
+):
+    "Yield the blocks: 256 images, packed to bits and deflated."
     for first in range(0, n, SPRITES_IN_BLOCK):
         block = np.frombuffer(file.read(4096 * min(SPRITES_IN_BLOCK, n - first)), np.uint8)
         if len(block) != 4096 * min(SPRITES_IN_BLOCK, n - first): raise ValueError("it ends too early")
@@ -289,7 +305,7 @@ def deflate_bits(file, n):
         yield zlib.compress(np.packbits(block).tobytes(), 1)
     file.read(1)       # the end of the stream: its checksum is looked at
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #3474efe7
+# %% ../../nbs/evaluate/49_annotations.ipynb #2b091c14
 def sprite(
     blocks: tuple,          # of pack_sprites
     chosen: np.ndarray,     # positions of the split's images in the archive
@@ -304,8 +320,12 @@ def sprite(
 open_block = functools.lru_cache(4)(zlib.decompress)   # neighbours are read one after the other
 
 
-def read_dsprites(root, split, place) -> Listing:
-    "Read dSprites with labels 0 … 15 that `place(latents)` computes."
+def read_dsprites(
+    root,   # holds dsprites_ndarray_….npz
+    split,  # train or test
+    place,  # place(latents [N, 6]) -> labels 0 … 15
+) -> Listing:
+    "Read dSprites with labels that are computed from the latent classes."
     path = unpacked(root, "dsprites-dataset-master") / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
     with reading(path): changed = path.stat().st_mtime_ns
     blocks, latents = pack_sprites(os.fspath(path), changed)
@@ -329,15 +349,7 @@ def read_dsprites_orient(
     "Read dSprites: how is the sprite turned, in 16 steps?"
     return read_dsprites(root, split, lambda latents: np.minimum(latents[:, 3] * 16 // 39, 15))
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #e8bfe308
-def needed(
-    package: str,  # of the extra "datasets"
-):
-    "Import a package that not every user has, or raise `ImportError` that says how to get it."
-    try: return importlib.import_module(package)
-    except ImportError as error: raise ImportError(f"{package} is needed here: pip install 'seer_nb[datasets]'") from error
-
-
+# %% ../../nbs/evaluate/49_annotations.ipynb #cfad46d9
 @contextlib.contextmanager
 def h5_array(
     path,         # an HDF5 file
@@ -345,7 +357,7 @@ def h5_array(
     shape: tuple,  # that it must have behind its first dimension
 ):
     "Open an HDF5 file, give one uint8 array of it, close the file. Raises `ValueError` for what PatchCamelyon does not hold."
-    h5py = needed("h5py")
+    h5py = needed("h5py", "datasets")
     with reading(path), h5py.File(path, "r") as file:
         if not isinstance(file.get(key, getlink=True), h5py.HardLink): raise ValueError(f"{key!r} is missing, or a link to somewhere else")
         data = file[key]
@@ -355,7 +367,10 @@ def h5_array(
         yield data
 
 
-def patch(path, i) -> torch.Tensor:
+def patch(
+    path,    # of a file …_x.h5
+    i: int,
+) -> torch.Tensor:
     "Return image `i` of an HDF5 file of PatchCamelyon, uint8 [3, 96, 96]."
     with h5_array(path, "x", (96, 96, 3)) as data: return torch.from_numpy(data[i]).permute(2, 0, 1)
 
@@ -365,7 +380,7 @@ def read_patch_camelyon(
     split: str,  # train; test: the split "valid", as VISSL; official_test: the split "test"
 ) -> Listing:
     "Read PatchCamelyon: is there tumour tissue in the middle?"
-    stem = f"camelyonpatch_level_2_split_{pick(split, train='train', test='valid', official_test='test')}"
+    stem = f"camelyonpatch_level_2_split_{part_of(split, train='train', test='valid', official_test='test')}"
     x, y = (os.path.join(root, f"{stem}_{key}.h5") for key in "xy")
     with h5_array(y, "y", (1, 1, 1)) as data: labels = data[:].reshape(-1)
     with h5_array(x, "x", (96, 96, 3)) as data:
@@ -373,7 +388,7 @@ def read_patch_camelyon(
     if labels.max(initial=0) > 1: raise ValueError(f"{y}: a label is neither 0 nor 1")
     return Listing(("no_tumor", "tumor"), labels.astype(np.int64), partial(patch, x), np.char.mod(f"{stem}_x.h5[%d]", np.arange(len(labels))))
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #94d2c37b
+# %% ../../nbs/evaluate/49_annotations.ipynb #f2a4c950
 def class_folders(
     root,  # holds a folder per class
 ) -> dict:
@@ -381,11 +396,14 @@ def class_folders(
     with reading(root):
         found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
         pictures = {name: sorted(f for f in os.listdir(Path(root) / name) if f.lower().endswith(EXTENSIONS)) for name in found}
-    if not pictures: raise FileNotFoundError(f"{root} holds no folder of a class")
+    if not pictures: raise FileNotFoundError(f"{Path(root) / 'CLASS'} is missing")
     return pictures
 
 
-def from_folders(root, pictures: dict) -> Listing:
+def from_folders(
+    root,            # holds a folder per class
+    pictures: dict,  # class name -> file names
+) -> Listing:
     "Make a listing of some pictures of each class."
     labels = np.repeat(np.arange(len(pictures)), [len(found) for found in pictures.values()])
     return files(root, [f"{name}/{file}" for name, found in pictures.items() for file in found], labels, pictures)
@@ -396,14 +414,14 @@ def read_euro_sat(
     split: str,  # train: the first 1000 of each class by name; test: the next 500
 ) -> Listing:
     "Read EuroSAT."
-    start, stop = pick(split, train=(0, 1000), test=(1000, 1500))
+    start, stop = part_of(split, train=(0, 1000), test=(1000, 1500))
     pictures = class_folders(root := unpacked(root, "2750"))
     for name, found in pictures.items():
         if len(found) < 1500: raise ValueError(f"{root}: {name} holds {len(found)} images, the split takes 1500")
     return from_folders(root, {name: found[start:stop] for name, found in pictures.items()})
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #ed81a15f
-def split_folders(
+# %% ../../nbs/evaluate/49_annotations.ipynb #50d08426
+def split_resisc45(
     pictures: dict,  # class name -> sorted file names
     split: str,      # train: 80 % of each class, rounded down; test: the next 20 %, rounded down
 ) -> dict:
@@ -412,7 +430,7 @@ def split_folders(
     for name, found in pictures.items():
         rng.shuffle(found := list(found))
         cut = int(0.8 * len(found))
-        result[name] = pick(split, train=found[:cut], test=found[cut: cut + int(0.2 * len(found))])
+        result[name] = part_of(split, train=found[:cut], test=found[cut: cut + int(0.2 * len(found))])
     return result
 
 
@@ -421,7 +439,7 @@ def read_resisc45(
     split: str,  # train or test
 ) -> Listing:
     "Read RESISC45."
-    return from_folders(root := unpacked(root, "NWPU-RESISC45"), split_folders(class_folders(root), split))
+    return from_folders(root := unpacked(root, "NWPU-RESISC45"), split_resisc45(class_folders(root), split))
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #5d00cdcf
 def middle(
@@ -445,13 +463,13 @@ def middle_frame(
         return decode_image(os.path.join(path, frames[middle(len(frames))]))
     except BadImage as error: raise BadImage(error.reason, f"{error.message} ({names[i]}: were its frames extracted?)") from None
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #72a34e36
+# %% ../../nbs/evaluate/49_annotations.ipynb #a87d6359
 def read_ucf101(
     root,        # holds UCF-101 with extracted frames, and ucfTrainTestlist
     split: str,  # train or test, of the first of the three splits
 ) -> Listing:
     "Read the middle frames of UCF101."
-    part, lists = pick(split, train="trainlist01.txt", test="testlist01.txt"), {}
+    part, lists = part_of(split, train="trainlist01.txt", test="testlist01.txt"), {}
     for name in ("trainlist01.txt", part):
         with reading(path := Path(root) / "ucfTrainTestlist" / name):
             lists[name] = below(line.split()[0] for line in path.read_text().splitlines() if line.strip())
@@ -474,7 +492,7 @@ def read_kinetics700(
     split: str,  # train or test (Kinetics' val)
 ) -> Listing:
     "Read the middle frames of Kinetics-700 (2020), of the films that exist."
-    part, films, folders = pick(split, train="train", test="val"), set(), {}
+    part, films, folders = part_of(split, train="train", test="val"), set(), {}
     for each in ("train", "val"):
         with reading(path := Path(root) / each): folders[each] = [entry.name for entry in os.scandir(path) if entry.is_dir()]
     for name in folders[part]:
@@ -485,13 +503,13 @@ def read_kinetics700(
     labels, names = zip(*[(classes.index(name), film) for name, film in sorted(films)])
     return Listing(tuple(classes), np.array(labels, np.int64), partial(middle_frame, os.fspath(root), names), names)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #86085236
+# %% ../../nbs/evaluate/49_annotations.ipynb #7c01e361
 def read_wilds_iwildcam(
     root,        # holds metadata.csv, categories.csv and train/, of iwildcam_v2.0
     split: str,  # train; test, val: cameras never seen in training; id_test, id_val: known cameras
 ) -> Listing:
     "Read iWildCam of the WILDS benchmark: which animal is it?"
-    pick(split, train=1, test=1, val=1, id_test=1, id_val=1)
+    part_of(split, train=1, test=1, val=1, id_test=1, id_val=1)
     with reading(path := Path(root) / "categories.csv"), open(path, newline="", encoding="utf-8") as file:
         animals = {int(row["y"]): row["name"] for row in csv.DictReader(file) if 0 <= int(row["y"]) < 10_000}
     with reading(path := Path(root) / "metadata.csv"), open(path, newline="", encoding="utf-8") as file:
@@ -500,13 +518,13 @@ def read_wilds_iwildcam(
         if unknown := {y for _, y in rows} - set(animals): raise ValueError(f"the class {min(unknown)} is not in categories.csv")
         return files(root, [name for name, _ in rows], [y for _, y in rows], [animals.get(y, f"class_{y}") for y in range(max(animals) + 1)])
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #34b1359a
+# %% ../../nbs/evaluate/49_annotations.ipynb #f4d3f0b9
 def read_hateful_memes(
     root,        # holds img/, train.jsonl and dev_seen.jsonl (or dev.jsonl)
     split: str,  # train or test (the challenge's dev)
 ) -> Listing:
     "Read the images of Hateful Memes."
-    names = pick(split, train=("train.jsonl",), test=("dev_seen.jsonl", "dev.jsonl"))
+    names = part_of(split, train=("train.jsonl",), test=("dev_seen.jsonl", "dev.jsonl"))
     path = next((p for name in names if (p := Path(root) / name).exists()), Path(root) / names[0])
     with reading(path):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -541,13 +559,13 @@ class Claims:
 
     def __array__(self, dtype=None, copy=None): return self[:].astype(dtype or np.int8, copy=False)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #c74ac820
+# %% ../../nbs/evaluate/49_annotations.ipynb #47be6ef0
 def parse_claims(
     path,     # CSV with ImageID, LabelName and Confidence
     classes,  # names of the classes that count
 ) -> tuple:
     "Return the images of a list, sorted, and their `Claims`."
-    pd, parts, seen = needed("pandas"), [], {}                                  # seen: image -> number, in order of appearance
+    pd, parts, seen = needed("pandas", "datasets"), [], {}                                  # seen: image -> number, in order of appearance
     for lines in pd.read_csv(path, usecols=["ImageID", "LabelName", "Confidence"], dtype={"ImageID": str, "LabelName": str, "Confidence": np.float32}, chunksize=2**20):
         if lines.isna().to_numpy().any(): raise ValueError("a line is not complete")
         lines = lines[lines.LabelName.isin(classes)]
@@ -569,7 +587,7 @@ def read_openimages(
     split: str,  # train, test or validation
 ) -> Listing:
     "Read OpenImages V6 with its human-verified image labels; `labels` are `Claims`."
-    table = Path(root) / pick(split, train="oidv6-train-annotations-human-imagelabels.csv", test="test-annotations-human-imagelabels.csv",
+    table = Path(root) / part_of(split, train="oidv6-train-annotations-human-imagelabels.csv", test="test-annotations-human-imagelabels.csv",
                               validation="validation-annotations-human-imagelabels.csv")
     with reading(path := Path(root) / "oidv6-classes-trainable.txt"):
         classes = path.read_text().split()
