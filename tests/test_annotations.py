@@ -353,6 +353,15 @@ def test_damaged_archives(tmp_path):
         with pytest.raises(ValueError, match=DSPRITES): ann.read_dsprites_loc(tmp_path, "train")
 
 
+@pytest.mark.parametrize("member", ["imgs", "latents_classes"])
+def test_the_checksum_is_looked_at(member, tmp_path):
+    zipped(tmp_path, imgs=npy(IMAGES), latents_classes=npy(LATENTS))
+    path = tmp_path / DSPRITES
+    checksum = struct.pack("<I", zipfile.ZipFile(path).getinfo(f"{member}.npy").CRC)
+    path.write_bytes(path.read_bytes().replace(checksum, bytes(4)))
+    with pytest.raises(ValueError, match=f"{DSPRITES}.*Bad CRC-32"): ann.read_dsprites_loc(tmp_path, "train")
+
+
 def test_a_stream_that_ends_before_its_size(tmp_path):
     "The zip's directory repeats the lie of the header; the stream does not hold what both promise."
     content = npy(IMAGES, "(400, 64, 64)")

@@ -207,7 +207,7 @@ def matrix_rows(
     if len(found) < count * row: raise BadImage("truncated", f"{matrix.path} has become shorter")
     return found.reshape(count, *matrix.shape[1:])
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #9f79a966
+# %% ../../nbs/evaluate/49_annotations.ipynb #8c7bc809
 NORB_PARTS = {"train": "smallnorb-5x46789x9x18x6x2x96x96-training", "test": "smallnorb-5x01235x9x18x6x2x96x96-testing"}
 
 
@@ -237,7 +237,7 @@ def read_small_norb(
     classes, labels = in_order([str(d) for d in degrees], values)
     return Listing(classes, labels, partial(first_camera, images), np.char.mod(f"{stem.name}-dat.mat[%d]", np.arange(n)))
 
-
+# %% ../../nbs/evaluate/49_annotations.ipynb #f7531dd3
 def read_small_norb_elevation(
     root,        # holds smallnorb-…-dat.mat and -info.mat, unpacked
     split: str,  # train or test
@@ -272,7 +272,7 @@ def open_member(
         if promised != size: raise ValueError(f"{name} promises {promised:,} bytes for {found}, the archive has {size:,}")
         yield found[0], file
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #03291b35
+# %% ../../nbs/evaluate/49_annotations.ipynb #d46b6e39
 SPRITES_IN_BLOCK = 256   # images
 SPRITES = 737_280        # images in the whole archive: 3 shapes, 6 sizes, 40 angles, 32 x 32 places
 
@@ -303,9 +303,8 @@ def deflate_bits(
         if len(block) != 4096 * min(SPRITES_IN_BLOCK, n - first): raise ValueError("it ends too early")
         if block.max() > 1: raise ValueError("a pixel is neither 0 nor 1")
         yield zlib.compress(np.packbits(block).tobytes(), 1)
-    file.read(1)       # the end of the stream: its checksum is looked at
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #2b091c14
+# %% ../../nbs/evaluate/49_annotations.ipynb #0a359369
 def sprite(
     blocks: tuple,          # of pack_sprites
     chosen: np.ndarray,     # positions of the split's images in the archive
@@ -319,7 +318,7 @@ def sprite(
 
 open_block = functools.lru_cache(4)(zlib.decompress)   # neighbours are read one after the other
 
-
+# %% ../../nbs/evaluate/49_annotations.ipynb #d80dc18a
 def read_dsprites(
     root,   # holds dsprites_ndarray_….npz
     split,  # train or test
@@ -349,7 +348,7 @@ def read_dsprites_orient(
     "Read dSprites: how is the sprite turned, in 16 steps?"
     return read_dsprites(root, split, lambda latents: np.minimum(latents[:, 3] * 16 // 39, 15))
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #cfad46d9
+# %% ../../nbs/evaluate/49_annotations.ipynb #b7fb6abc
 @contextlib.contextmanager
 def h5_array(
     path,         # an HDF5 file
@@ -366,7 +365,7 @@ def h5_array(
         if len(data) > 2**20 or math.prod(data.chunks or ()) > 2**28: raise ValueError(f"{key!r} promises {data.shape} in pieces of {data.chunks}, too much for PatchCamelyon")
         yield data
 
-
+# %% ../../nbs/evaluate/49_annotations.ipynb #bc8007e4
 def patch(
     path,    # of a file …_x.h5
     i: int,
@@ -463,7 +462,7 @@ def middle_frame(
         return decode_image(os.path.join(path, frames[middle(len(frames))]))
     except BadImage as error: raise BadImage(error.reason, f"{error.message} ({names[i]}: were its frames extracted?)") from None
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #a87d6359
+# %% ../../nbs/evaluate/49_annotations.ipynb #5a325cf1
 def read_ucf101(
     root,        # holds UCF-101 with extracted frames, and ucfTrainTestlist
     split: str,  # train or test, of the first of the three splits
@@ -479,7 +478,7 @@ def read_ucf101(
     names = tuple(f"UCF-101/{os.path.splitext(film)[0]}" for film in lists[part])
     return Listing(tuple(classes), labels, partial(middle_frame, os.fspath(root), names), names)
 
-
+# %% ../../nbs/evaluate/49_annotations.ipynb #f28e2e71
 def clean_class(
     name: str,  # e.g. "playing piano (grand)"
 ) -> str:
@@ -559,7 +558,7 @@ class Claims:
 
     def __array__(self, dtype=None, copy=None): return self[:].astype(dtype or np.int8, copy=False)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #47be6ef0
+# %% ../../nbs/evaluate/49_annotations.ipynb #c9ce302c
 def parse_claims(
     path,     # CSV with ImageID, LabelName and Confidence
     classes,  # names of the classes that count
@@ -581,7 +580,7 @@ def parse_claims(
     present = np.bincount(which, present, len(keys)) > 0
     return names, Claims(np.searchsorted(keys, np.arange(len(names) + 1) * len(classes)), keys % len(classes), present, len(classes))
 
-
+# %% ../../nbs/evaluate/49_annotations.ipynb #cadc49b1
 def read_openimages(
     root,        # holds oidv6-classes-trainable.txt, the lists of human-verified labels, and folders train, validation, test of images
     split: str,  # train, test or validation
