@@ -311,8 +311,8 @@ def npy(array, shape=None, descr=None, version=b"\x01\x00", tail=""):
     return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header + array.tobytes()
 
 
-def zipped(root, **members):
-    with zipfile.ZipFile(root / DSPRITES, "w", zipfile.ZIP_DEFLATED) as archive:
+def zipped(root, method=zipfile.ZIP_DEFLATED, **members):
+    with zipfile.ZipFile(root / DSPRITES, "w", method) as archive:
         for name, content in members.items(): archive.writestr(f"{name}.npy", content)
 
 
@@ -341,6 +341,13 @@ def test_dsprites_that_is_not_dsprites(members, message, tmp_path):
     zipped(tmp_path, **{k: v for k, v in members.items() if v is not None})
     with pytest.raises(ValueError, match=message) as error: ann.read_dsprites_loc(tmp_path, "train")
     assert DSPRITES in str(error.value)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_only_what_numpy_writes(method, tmp_path):
+    "LZMA's header may ask for gigabytes of memory."
+    zipped(tmp_path, method, imgs=npy(IMAGES), latents_classes=npy(LATENTS))
+    with pytest.raises(ValueError, match="numpy never uses"): ann.read_dsprites_loc(tmp_path, "train")
 
 
 def test_damaged_archives(tmp_path):

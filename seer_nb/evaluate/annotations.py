@@ -253,7 +253,7 @@ def read_small_norb_azimuth(
     "Read small NORB: from which side does the camera look?"
     return read_small_norb(root, split, 2, range(0, 360, 20), 2)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #80274fb4
+# %% ../../nbs/evaluate/49_annotations.ipynb #67720023
 @contextlib.contextmanager
 def open_member(
     archive,      # an open zipfile.ZipFile
@@ -262,14 +262,16 @@ def open_member(
     shape: tuple,  # that it must have behind its first dimension
 ):
     "Give the number of rows of an array in an .npz, and the stream of its bytes. Raises `ValueError` if it is not what was expected."
-    with archive.open(f"{name}.npy") as file:
+    about = archive.getinfo(f"{name}.npy")
+    if about.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError(f"{name} is packed in a way that numpy never uses")
+    with archive.open(about) as file:
         header = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else np.lib.format.read_array_header_2_0
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Reading `.npy`")     # the header may come from Python 2
             (found, fortran, kind), start = header(file), file.tell()
         if kind != np.dtype(dtype) or fortran or not found or found[1:] != shape: raise ValueError(f"{name} is {kind} {found}, not {np.dtype(dtype)} (N, {str(shape)[1:-1].rstrip(',')})")
-        promised, size = start + math.prod(found) * kind.itemsize, archive.getinfo(f"{name}.npy").file_size
-        if promised != size: raise ValueError(f"{name} promises {promised:,} bytes for {found}, the archive has {size:,}")
+        promised = start + math.prod(found) * kind.itemsize
+        if promised != about.file_size: raise ValueError(f"{name} promises {promised:,} bytes for {found}, the archive has {about.file_size:,}")
         yield found[0], file
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #d46b6e39
