@@ -356,3 +356,11 @@ def test_one_extraction_serves_all_probes(monkeypatch):
     results = scoreboard.evaluate_backbone(nn.Linear(1, 1), ["toy_count"], name="m", seed=4, train_images=100, test_images=50, knn=(5, 20))
     assert len(calls) == 2 and [(r.protocol, r.settings.get("k")) for r in results] == [("linear", None), ("knn", 5), ("knn", 20)]
     assert all((r.model, r.seed, r.n) == ("m", 4, 50) for r in results)
+
+
+def test_every_benchmark_has_a_reader():
+    detection = {slug for slug, row in tasks.ROWS.items() if row.metric.startswith("AP") or "detection" in slug}
+    folders = {tasks.ROWS[slug].folder or slug for slug in tasks.ROWS}
+    assert detection == {"coco_detection", "voc07_detection"}
+    missing = [slug for slug, row in tasks.ROWS.items() if slug not in detection and not slug.startswith("toy_") and not {slug, row.folder} & set(tasks.READERS)]
+    assert missing == [] and set(tasks.READERS) <= folders | set(tasks.ROWS)

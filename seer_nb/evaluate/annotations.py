@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CLEVR_COUNTS', 'CLEVR_DEPTHS', 'VEHICLES', 'KITTI_CLASSES', 'MATRIX_DTYPES', 'NORB_PARTS', 'SPRITES_IN_BLOCK',
-           'SPRITES', 'open_block', 'part_of', 'unpacked', 'reading', 'in_order', 'scene_count', 'scene_depth',
-           'read_scenes', 'read_clevr_count', 'read_clevr_dist', 'four_fifths', 'nearest_vehicle', 'read_kitti_dist',
-           'Matrix', 'open_matrix', 'matrix_rows', 'first_camera', 'read_small_norb', 'read_small_norb_elevation',
-           'read_small_norb_azimuth', 'open_member', 'pack_sprites', 'deflate_bits', 'sprite', 'read_dsprites',
-           'read_dsprites_loc', 'read_dsprites_orient', 'h5_array', 'patch', 'read_patch_camelyon', 'class_folders',
-           'from_folders', 'read_euro_sat', 'split_resisc45', 'read_resisc45', 'middle', 'middle_frame', 'read_ucf101',
-           'clean_class', 'read_kinetics700', 'read_wilds_iwildcam', 'read_hateful_memes', 'Claims', 'parse_claims',
-           'read_openimages']
+           'SPRITES', 'open_block', 'READERS', 'part_of', 'unpacked', 'reading', 'in_order', 'scene_count',
+           'scene_depth', 'read_scenes', 'read_clevr_count', 'read_clevr_dist', 'four_fifths', 'nearest_vehicle',
+           'read_kitti_dist', 'Matrix', 'open_matrix', 'matrix_rows', 'first_camera', 'read_small_norb',
+           'read_small_norb_elevation', 'read_small_norb_azimuth', 'open_member', 'pack_sprites', 'deflate_bits',
+           'sprite', 'read_dsprites', 'read_dsprites_loc', 'read_dsprites_orient', 'h5_array', 'patch',
+           'read_patch_camelyon', 'class_folders', 'from_folders', 'read_euro_sat', 'split_resisc45', 'read_resisc45',
+           'middle', 'middle_frame', 'read_ucf101', 'clean_class', 'read_kinetics700', 'read_wilds_iwildcam',
+           'read_hateful_memes', 'Claims', 'parse_claims', 'read_openimages']
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #e398501f
 import contextlib
@@ -596,3 +596,12 @@ def read_openimages(
     with reading(table):
         images, labels = parse_claims(table, classes)
         return files(root, [f"{split}/{image}.jpg" for image in images], np.zeros(len(images)), classes)._replace(labels=labels)
+
+# %% ../../nbs/evaluate/49_annotations.ipynb #d7db28fe
+READERS = {
+    "ucf101": read_ucf101, "kinetics700": read_kinetics700, "kitti_dist": read_kitti_dist, "clevr_count": read_clevr_count,
+    "clevr_dist": read_clevr_dist, "dsprites_loc": read_dsprites_loc, "dsprites_orient": read_dsprites_orient,
+    "small_norb_elevation": read_small_norb_elevation, "small_norb_azimuth": read_small_norb_azimuth, "euro_sat": read_euro_sat,
+    "resisc45": read_resisc45, "patch_camelyon": read_patch_camelyon, "wilds_iwildcam": read_wilds_iwildcam, "openimages": read_openimages,
+    "hateful_memes": read_hateful_memes,
+}

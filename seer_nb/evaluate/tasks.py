@@ -11,7 +11,7 @@ __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'FRACTION', 'STD', 'TFDS', 'VAL'
            'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model',
            'weights_hash', 'Result', 'append_result', 'read_results', 'find_result']
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #3746fa59
+# %% ../../nbs/evaluate/50_tasks.ipynb #d4aa2882
 import argparse
 import csv
 import dataclasses
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..core import MetricLog, did_you_mean, stateless_rng
+from .annotations import READERS as COMPUTED_READERS
 from .readers import READERS as FILE_READERS
 from .readers import needed
 from ..multicrop import ATTEMPTS, fit_boxes
@@ -353,10 +354,10 @@ class TaskData:
 
     def __repr__(self): return f"TaskData({self.slug}, {self.split}: {len(self)} images, {len(self.classes)} classes)"
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #44ffda62
+# %% ../../nbs/evaluate/50_tasks.ipynb #faa7c9f8
 toy_images = functools.lru_cache(8)(toy_task)
 
-READERS = {**FILE_READERS}   # slug -> read(folder, split); the readers of page 49, for computed labels, join here
+READERS = FILE_READERS | COMPUTED_READERS   # slug -> read(folder, split) -> Listing
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #04e4eee8
 def task_folder(
