@@ -66,9 +66,9 @@ def test_area_and_11_point_follow_the_voc_rules():
 
 
 def test_recall_levels_are_met_exactly():
-    "Ten positives: after three of them recall is 3/10, which is not 0.1 + 0.2 in floating point."
-    truth = [1, 0, 1, 0, 1, 0] + [1] * 7
-    assert lowshot.average_precision(-np.arange(13.0), truth, "11-point") == pytest.approx(by_the_rule(-np.arange(13.0), np.array(truth), np.arange(11) / 10))
+    "Ten positives, three of them in front: recall 3/10 is reached at precision 1, though 3 * 0.1 is above 3/10 in floating point."
+    truth = [1] * 3 + [0] * 5 + [1] * 7
+    assert lowshot.average_precision(-np.arange(15.0), truth, "11-point") == pytest.approx((4 * 1 + 7 * 10 / 15) / 11)
 
 
 def test_order_of_the_file_does_not_matter():
@@ -142,6 +142,14 @@ def test_repeated_and_constant_features_are_no_trouble():
     singular = torch.cat([x, x, torch.zeros(len(x), 3), torch.ones(len(x), 1)], 1)
     fit, = lowshot.fit_svms(singular, torch.where(targets > 0, 1, -1), [1.0])
     assert fit.weight.isfinite().all() and torch.allclose(fit.weight[:20], fit.weight[20:40], atol=1e-8)
+
+
+def test_dead_network_scores_the_share_of_positives():
+    targets = problem()[1]
+    dead = lowshot.normalize_features(torch.zeros(len(targets), 7))
+    _, _, scores = lowshot.svm_protocol(dead, targets, dead, COSTS)
+    share = (targets == 1).sum(0) / (targets >= 0).sum(0)
+    np.testing.assert_allclose(lowshot.average_precision(scores, targets), share, rtol=1e-6)
 
 
 def test_bad_svms_are_refused():
