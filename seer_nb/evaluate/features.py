@@ -237,7 +237,7 @@ def extract_features(
     "Return what the model gives for all images, float32 `[N, D]` on the CPU. Raises `ValueError` for a model whose output is not `[B, D]`."
     return extract_taps(model, images, ["avgpool"], **how)["avgpool"]
 
-# %% ../../nbs/evaluate/51_features.ipynb #5ace25ec
+# %% ../../nbs/evaluate/51_features.ipynb #dbb00114
 @dataclasses.dataclass(frozen=True)
 class TaskFeatures:
     "A task as a frozen backbone sees it: what every probe starts from."
@@ -257,11 +257,12 @@ def task_features(
     *,
     n_train: int = 0,       # so many training images; 0: all
     n_test: int = 0,        # so many test images; 0: all
+    tap: str = "avgpool",   # see tap_features
     **how,                  # size, batch_size, views, workers of feature_batches
 ) -> TaskFeatures:
     "Open a task and extract the features of both splits. Raises `ValueError` for features that are not finite."
     train, test = open_task(task, root, "train", n=n_train), open_task(task, root, "test", n=n_test)
-    x, y = (extract_features(model, data, **how) for data in (train, test))
+    x, y = (extract_taps(model, data, [tap], **how)[tap] for data in (train, test))
     if not (x.isfinite().all() and y.isfinite().all()): raise ValueError(f"the model gives features on {task} that are not finite: its weights are broken")
     return TaskFeatures(task, train.classes, x, train.labels, y, test.labels, weights_hash(model))
 
@@ -283,7 +284,7 @@ def _labels(images):
     labels = getattr(images, "labels", None)
     return torch.full((len(images),), -1) if labels is None else labels.contiguous()
 
-# %% ../../nbs/evaluate/51_features.ipynb #949c557b
+# %% ../../nbs/evaluate/51_features.ipynb #6eddc3a0
 def make_plan(
     model: nn.Module,
     data: dict,  # split -> TaskData
@@ -291,6 +292,7 @@ def make_plan(
     views,       # see view_image
     size: int,   # see feature_batches
     dtype: str,  # float32 or float16
+    name: str = "",  # of the model in results; does not count when plans are compared
 ) -> dict:
     """Return what decides the numbers of a store, as JSON values; nothing is written, and one image goes through the model.
 
@@ -298,7 +300,7 @@ def make_plan(
     """
     if dtype not in ("float32", "float16"): raise ValueError(f"features are stored as float32 or float16, not {dtype!r}")
     if not taps or len(set(map(_file, taps))) < len(taps): raise ValueError(f"taps must be one or more, and all different: {' '.join(taps)}")
-    if bad := [split for split in data if not re.fullmatch(r"\w+", split) or split == "progress"]: raise ValueError(f"{bad[0]!r} cannot be the name of a split")
+    _files({"images": data, "taps": taps})
     if empty := [split for split, images in data.items() if not len(images)]: raise ValueError(f"there are no {empty[0]} images to extract features from")
     first = next(iter(data.values()))
     read = getattr(first, "read", first.__getitem__)
@@ -306,7 +308,7 @@ def make_plan(
     preprocess = json.loads(json.dumps(dataclasses.asdict(getattr(model, "preprocess", Preprocess()))))
     return {"format": "seer_nb features 1", "task": getattr(first, "slug", ""), "model": type(model).__name__, "weights": weights_hash(model), "preprocess": preprocess,
             "size": size, "views": list(views), "taps": list(taps), "widths": [one[tap].shape[1] for tap in taps], "dtype": dtype,
-            "classes": list(getattr(first, "classes", ())), "images": {split: len(images) for split, images in data.items()},
+            "name": name, "classes": list(getattr(first, "classes", ())), "images": {split: len(images) for split, images in data.items()},
             "data": {split: data_fingerprint(images) for split, images in data.items()}}
 
 
@@ -315,7 +317,7 @@ def _file(tap):
     read_tap(tap)
     return f"{tap.replace(':', '_')}.npy"
 
-# %% ../../nbs/evaluate/51_features.ipynb #76f534b0
+# %% ../../nbs/evaluate/51_features.ipynb #74ba1701
 class Store(NamedTuple):
     "A complete folder of features."
     folder: Path
@@ -325,7 +327,14 @@ class Store(NamedTuple):
         "Return the features of a split at a tap, [N, D], memory-mapped; writing to the tensor does not change the file."
         if split not in self.plan["images"] or tap not in self.plan["taps"]:
             raise ValueError(f"{self.folder} holds {', '.join(self.plan['images'])} at {', '.join(self.plan['taps'])}, not {split} at {tap}")
-        return torch.from_numpy(np.load(self.folder / split / _file(tap), mmap_mode="c", allow_pickle=False))
+        x, shape = np.load(self.folder / split / _file(tap), mmap_mode="c", allow_pickle=False), (self.plan["images"][split], self.plan["widths"][self.plan["taps"].index(tap)])
+        if (x.shape, x.dtype) != (shape, self.plan["dtype"]): raise ValueError(f"{self.folder / split / _file(tap)} is not as it was written: remove the folder and extract again")
+        return torch.from_numpy(x)
+
+    @property
+    def fingerprint(self) -> str:
+        "12 hexadecimal digits of everything that decides the features."
+        return hashlib.sha256(json.dumps({**self.plan, "name": ""}, sort_keys=True).encode()).hexdigest()[:12]
 
     def labels(self, split: str) -> torch.Tensor:
         "Return the labels of a split, int64 [N] or [N, C]; -1 where there are none."
@@ -349,19 +358,22 @@ def open_store(
     if not (folder / "manifest.json").exists():
         begun = ", though some were begun: run the extraction again, it goes on where it stopped" if (folder / "plan.json").exists() else ""
         raise FileNotFoundError(f"{folder} holds no complete features{begun}")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    plan, files = manifest["plan"], _files(manifest["plan"])
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        plan, sizes, files = manifest["plan"], manifest["bytes"], _files(manifest["plan"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error: raise ValueError(f"{folder / 'manifest.json'} describes no features: {error}") from None
     for file in files:
-        if not (folder / file).is_file() or (folder / file).stat().st_size != manifest["bytes"].get(file):
+        if not (folder / file).is_file() or (folder / file).stat().st_size != sizes.get(file):
             raise ValueError(f"{folder / file} is not as it was written: remove the folder and extract again")
     return Store(folder, plan)
 
 
 def _files(plan):
-    "The files of a store, below its folder."
-    return [f"{split}/{name}" for split in plan["images"] if re.fullmatch(r"\w+", split) for name in (*map(_file, plan["taps"]), "labels.npy", "names.jsonl")]
+    "The files of a store, below its folder. Raises `ValueError` for a split that is no plain name."
+    if bad := [split for split in plan["images"] if not re.fullmatch(r"\w+", split) or split == "progress"]: raise ValueError(f"{bad[0]!r} cannot be the name of a split")
+    return [f"{split}/{name}" for split in plan["images"] for name in (*map(_file, plan["taps"]), "labels.npy", "names.jsonl")]
 
-# %% ../../nbs/evaluate/51_features.ipynb #455d2687
+# %% ../../nbs/evaluate/51_features.ipynb #08da2bd4
 def _by_first(function, *args):
     "Call a function on rank 0; return its JSON value on every rank, or raise its error on all."
     value, problem = None, ""
@@ -377,8 +389,8 @@ def _by_first(function, *args):
 def _check_same(folder, old, new):
     "Raise `ValueError` if a folder's plan is not the one that is wanted."
     for key in new:
-        if old.get(key) != new[key]:
-            raise ValueError(f"{folder} holds features with another {key}: {old.get(key)} there, {new[key]} now. Remove the folder, or choose another one")
+        if key != "name" and old.get(key) != new[key]:
+            raise ValueError(f"{folder} holds other features: {key} {old.get(key)} there, {new[key]} now. Remove the folder, or choose another one")
 
 
 def _prepare(folder, plan, data):
@@ -403,7 +415,7 @@ def _make_files(folder, plan, data):
         with open(folder / split / "names.jsonl", "w") as lines: lines.writelines(f"{json.dumps(image_name(images, i))}\n" for i in range(len(images)))
     write_atomic(folder / "plan.json", json.dumps(plan, indent=1))
 
-# %% ../../nbs/evaluate/51_features.ipynb #ac2f62d9
+# %% ../../nbs/evaluate/51_features.ipynb #f98c8352
 class _Writer:
     "The files of a split, open for a rank's rows."
 
@@ -416,7 +428,7 @@ class _Writer:
 
     def write(self, start, features):
         for tap, (file, offset) in self.files.items():
-            x = features[tap].numpy().astype(self.dtype)
+            with np.errstate(over="ignore"): x = features[tap].numpy().astype(self.dtype)
             if not np.isfinite(x).all(): raise ValueError(f"features at {tap} are not finite in {self.dtype}, in {self.split} images from {start}: "
                                                           + ("store float32" if self.dtype == "float16" else "the weights are broken"))
             file.seek(offset + start * x[0].nbytes)
@@ -449,7 +461,7 @@ def rows_done(
             if row["split"] == split: done[row["start"]:row["stop"]] = True
     return done
 
-# %% ../../nbs/evaluate/51_features.ipynb #8661f5c9
+# %% ../../nbs/evaluate/51_features.ipynb #b323746f
 def extract(
     model: nn.Module,         # see feature_batches; the same on every rank
     data: dict,               # split -> TaskData, or anything feature_batches takes
@@ -459,6 +471,7 @@ def extract(
     views=("center",),        # averaged, see view_image
     size: int = 0,            # crop to this many pixels; 0: images as they are
     dtype: str = "float32",   # of the stored features, or float16
+    name: str = "",           # what results shall call the model, e.g. seer:PATH
     batch_size: int = 256,    # images per forward pass
     workers: int = 0,         # processes per rank that read images
     save_every: float = 10.0,  # seconds between two notes of what is done: about what a kill costs
@@ -470,7 +483,7 @@ def extract(
     `CheckpointError` if another run is writing there; `OSError` if the disk has no room.
     """
     folder, taps, views = Path(folder), tuple(taps), tuple(views)
-    plan = _by_first(make_plan, model, data, taps, views, size, dtype)
+    plan = _by_first(make_plan, model, data, taps, views, size, dtype, name)
     lock = _by_first(lambda: lock_folder(folder))
     problem = ""
     try:
@@ -510,7 +523,7 @@ def _complete(folder, plan):
     write_atomic(folder / "manifest.json", json.dumps({"plan": plan, "bytes": {file: (folder / file).stat().st_size for file in _files(plan)}}, indent=1))
     shutil.rmtree(folder / "progress", ignore_errors=True)
 
-# %% ../../nbs/evaluate/51_features.ipynb #a55f75a3
+# %% ../../nbs/evaluate/51_features.ipynb #e2c9e76d
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
     "Parameters of an extraction."
@@ -560,5 +573,5 @@ def run_features(
     data = {split: open_task(config.task, config.root, split, n=n) for split, n in (("train", config.train_images), ("test", config.test_images))}
     run = RunDir(config.run_dir, "features")
     _by_first(lambda: run.begin(config, may_change=("extract_batch", "workers", "device", "save_every")))
-    return extract(model, data, run.path / "features", taps=taps, views=views, size=config.image_size, dtype=config.dtype, batch_size=config.extract_batch,
-                   workers=config.workers, save_every=config.save_every, desc=config.task)
+    return extract(model, data, run.path / "features", taps=taps, views=views, size=config.image_size, dtype=config.dtype, name=config.model,
+                   batch_size=config.extract_batch, workers=config.workers, save_every=config.save_every, desc=config.task)
