@@ -287,3 +287,9 @@ def test_run(tmp_path):
     assert feat.run_features(dataclasses.replace(config, extract_batch=7, workers=1)).fingerprint == store.fingerprint
     assert (store.folder / "train/avgpool.npy").stat().st_mtime_ns == stamp and store.plan["name"] == config.model
     with pytest.raises(ValueError, match="other parameters"): feat.run_features(dataclasses.replace(config, taps="avgpool"))
+
+
+def test_run_streamed(tmp_path, model):
+    config = feat.FeaturesConfig(model=f"seer:{save_backbone(model, tmp_path / 'b.safetensors')}", task="toy_count", taps="res4:1x1 avgpool", train_images=9, test_images=5, device="cpu")
+    stores = [feat.run_features(dataclasses.replace(config, run_dir=str(tmp_path / f"{stream}"), stream=stream)) for stream in (False, True)]
+    for tap in ("res4:1x1", "avgpool"): torch.testing.assert_close(stores[0].features("train", tap), stores[1].features("train", tap))

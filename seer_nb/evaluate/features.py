@@ -523,7 +523,7 @@ def _complete(folder, plan):
     write_atomic(folder / "manifest.json", json.dumps({"plan": plan, "bytes": {file: (folder / file).stat().st_size for file in _files(plan)}}, indent=1))
     shutil.rmtree(folder / "progress", ignore_errors=True)
 
-# %% ../../nbs/evaluate/51_features.ipynb #e2c9e76d
+# %% ../../nbs/evaluate/51_features.ipynb #51a57357
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
     "Parameters of an extraction."
@@ -553,7 +553,7 @@ def open_backbone(
     "Open the backbone of a configuration. Raises `ValueError` for a streamed model that is no SEER file."
     if not config.stream: return open_model(config.model, seed=config.seed, device=device)
     if not config.model.startswith("seer:"): raise ValueError(f"stream needs a model seer:PATH, not {config.model!r}")
-    return StreamedBackbone(config.model.removeprefix("seer:"), device=device, micro_batch=config.extract_batch)
+    return StreamedBackbone(config.model.removeprefix("seer:"), device=device)
 
 
 def run_features(

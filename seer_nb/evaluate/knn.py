@@ -40,13 +40,21 @@ def largest(
     values, place = table.gather(1, columns).topk(k)
     return values, columns.gather(1, place)
 
-# %% ../../nbs/evaluate/53_knn.ipynb #fead1377
+# %% ../../nbs/evaluate/53_knn.ipynb #ead8560b
 def _rows(features, start, stop, normalize, device):
     "Some rows as float32 in memory of their own, of length 1 if `normalize`."
     rows = features[start:stop]
-    rows = rows.to(device, torch.float32, copy=True) if isinstance(rows, torch.Tensor) else torch.tensor(np.asarray(rows), dtype=torch.float32, device=device)
+    rows = rows.detach().to(device, torch.float32, copy=True) if isinstance(rows, torch.Tensor) else torch.tensor(np.asarray(rows), dtype=torch.float32, device=device)
     if not rows.isfinite().all(): raise ValueError("some features are not finite")
     return rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(1e-12)) if normalize else rows
+
+
+def _product(rows, columns, table):
+    "Return rows @ columns, in the memory of a table."
+    table = table[:len(rows)]
+    if table.device.type != "cpu": return torch.mm(rows, columns, out=table)
+    np.matmul(rows.numpy(), columns.numpy(), out=table.numpy())     # NumPy brings OpenBLAS, faster here than the MKL of torch on AMD processors
+    return table
 
 
 def nearest_neighbours(
@@ -68,9 +76,10 @@ def nearest_neighbours(
     device = device or getattr(test_features, "device", "cpu")
     block, found = block or max(1, min(65536, 2**28 // len(train_features[0]))), {}
     for a in range(0, n, block):
-        train = _rows(train_features, a, a + block, normalize, device)
+        train = _rows(train_features, a, a + block, normalize, device).T.contiguous()
+        table = train.new_empty(min(chunk, m), train.shape[1])
         for b in range(0, m, chunk):
-            values, index = largest(_rows(test_features, b, b + chunk, normalize, device) @ train.T, min(k, len(train)))
+            values, index = largest(_product(_rows(test_features, b, b + chunk, normalize, device), train, table), min(k, train.shape[1]))
             found[b] = _better(found[b], (values, index + a), k) if a else (values, index)
     return torch.cat([values for values, _ in found.values()]), torch.cat([index for _, index in found.values()])
 
