@@ -213,7 +213,7 @@ def feature_batches(
                 for tap, features in out.items(): total[tap] = total.get(tap, 0) + features.flatten(1)
         yield start, {tap: (features / len(views)).cpu() for tap, features in total.items()}
 
-# %% ../../nbs/evaluate/51_features.ipynb #f025c799
+# %% ../../nbs/evaluate/51_features.ipynb #f2a31d68
 def extract_taps(
     model: nn.Module,  # see feature_batches
     images,            # see feature_batches
@@ -230,14 +230,15 @@ def extract_taps(
 
 
 def extract_features(
-    model: nn.Module,  # images [B, 3, H, W] -> features [B, D]
-    images,            # see feature_batches
-    **how,             # views, size, batch_size, workers, desc of feature_batches
+    model: nn.Module,      # images [B, 3, H, W] -> features [B, D]
+    images,                # see feature_batches
+    tap: str = "avgpool",  # see tap_features
+    **how,                 # views, size, batch_size, workers, desc of feature_batches
 ) -> torch.Tensor:
-    "Return what the model gives for all images, float32 `[N, D]` on the CPU. Raises `ValueError` for a model whose output is not `[B, D]`."
-    return extract_taps(model, images, ["avgpool"], **how)["avgpool"]
+    "Return the features of all images at one tap, float32 `[N, D]` on the CPU. Raises `ValueError` for a model whose output is not `[B, D]`."
+    return extract_taps(model, images, [tap], **how)[tap]
 
-# %% ../../nbs/evaluate/51_features.ipynb #dbb00114
+# %% ../../nbs/evaluate/51_features.ipynb #9ddc9782
 @dataclasses.dataclass(frozen=True)
 class TaskFeatures:
     "A task as a frozen backbone sees it: what every probe starts from."
@@ -262,7 +263,7 @@ def task_features(
 ) -> TaskFeatures:
     "Open a task and extract the features of both splits. Raises `ValueError` for features that are not finite."
     train, test = open_task(task, root, "train", n=n_train), open_task(task, root, "test", n=n_test)
-    x, y = (extract_taps(model, data, [tap], **how)[tap] for data in (train, test))
+    x, y = (extract_features(model, data, tap=tap, **how) for data in (train, test))
     if not (x.isfinite().all() and y.isfinite().all()): raise ValueError(f"the model gives features on {task} that are not finite: its weights are broken")
     return TaskFeatures(task, train.classes, x, train.labels, y, test.labels, weights_hash(model))
 
