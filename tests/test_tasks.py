@@ -1,6 +1,9 @@
 "The table of tasks, models from other libraries, results, features, and runs that can be called twice."
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,16 +11,177 @@ import torch
 from torch import nn
 
 from seer_nb.evaluate import features, knn, linear, scoreboard, tasks
+from seer_nb.evaluate.readers import Listing
 from seer_nb.toyworld import TOY_TASKS, toy_task
+
+TOP = Path(__file__).resolve().parent.parent
 
 
 def test_the_table_and_the_toy_world_agree():
     table = tasks.TASKS
-    assert list(table.slug) == list(TOY_TASKS) and list(table.columns) == [f.name for f in dataclasses.fields(tasks.Task)]
+    assert list(table.slug) == list(tasks.ROWS) and list(table.columns) == [f.name for f in dataclasses.fields(tasks.Task)]
     for slug, toy in TOY_TASKS.items():
         assert (table.classes[slug], table.train[slug], table.test[slug]) == (len(toy.classes), toy.train, toy.test)
         assert table.chance[slug] == pytest.approx(1 / len(toy.classes))
     with pytest.raises(AttributeError): tasks.TASK
+
+
+# ── the real rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_rows_are_whole():
+    "Nobody is sent looking for a data set without an address, a licence, a layout, and a word on where its sizes come from."
+    for slug, row in tasks.ROWS.items():
+        assert slug == row.slug and row.classes > 1 and row.test > 0 and row.train >= 0
+        if slug in TOY_TASKS: continue
+        assert all(getattr(row, name) for name in ("dataset", "split", "metric", "transform", "layout", "get", "licence", "group", "checked", "protocol"))
+        assert row.transform == "detection" or row.transform in tasks.FAMILIES
+        assert bool(row.paper) == bool(row.paper_source) and all(0 < score < 1 for score in row.paper.values())
+        if row.metric == "top-1": assert row.chance == pytest.approx(1 / row.classes)
+
+
+def test_scores_are_those_printed():
+    "Copied by hand from the tables: percent, an error in percent, a fraction; a fine-tuned model is another model than its probe."
+    assert tasks.ROWS["clevr_count"].paper == {"SEER RegNet10B": 0.8928, "SEER RegNetY-128GF": 0.8798}
+    assert tasks.ROWS["svhn"].paper["SEER RegNet10B"] == 0.864 and tasks.ROWS["imagenet_r"].paper["SEER RegNet10B"] == 0.561
+    assert tasks.ROWS["mnist"].paper == {"SEER RegNet10B": 0.9942} and tasks.ROWS["hateful_memes"].paper == {"SEER RegNet10B": 0.734}
+    assert tasks.ROWS["inaturalist18"].paper["SEER RegNet10B, finetuned 384px"] == 0.847
+    imagenet = tasks.ROWS["imagenet1k"].paper
+    assert (imagenet["SEER RegNet10B"], imagenet["SEER RegNet10B, finetuned 384px"]) == (0.798, 0.858)
+    assert tasks.ROWS["imagenet1k_1pct"].paper["SEER RegNetY-256GF"] == 0.605 and tasks.ROWS["svhn_1000"].paper == {}
+    assert not [model for row in tasks.ROWS.values() for model in row.paper if "minus" in model]
+
+
+def test_published():
+    pytest.importorskip("pandas")
+    table = tasks.published()
+    assert len(table) == 511 and (table.source != "").all()
+    assert table[table.number.isna() & (table.slug != "")].value.tolist() == ["<=-10", ">=10", ">=10", "<=-10"]
+    one = tasks.published("resisc45")
+    assert set(one.slug) == {"resisc45"} and one[one.model == "CLIP ViT-B/16"].number.tolist() == [92.7]
+    with pytest.raises(ValueError, match="did you mean 'resisc45'"): tasks.published("resisc")
+
+
+def listing(labels, seen=None):
+    "A reader of images whose red channel is their number."
+    def read(folder, split):
+        if seen is not None: seen.append((folder, split))
+        return Listing(("a", "b", "c"), labels, lambda i: torch.full((3, 8, 8), i % 256, dtype=torch.uint8), [f"{i}.png" for i in range(len(labels))])
+    return read
+
+
+def test_fewer_images(monkeypatch, tmp_path):
+    "All classes keep their share, the images stay with their labels and names, and the suite of 1000 limits only the training images."
+    labels = np.array([0] * 30 + [1] * 4 + [2] * 10)
+    monkeypatch.setitem(tasks.READERS, "dtd", listing(labels))
+    data = tasks.open_task("dtd", tmp_path, "train", n=14)
+    assert np.bincount(data.labels).tolist() == [5, 4, 5]
+    places = [int(image[0, 0, 0]) for image, _ in data]
+    assert places == sorted(set(places)) and labels[places].tolist() == data.labels.tolist() and data.name(3) == f"{places[3]}.png"
+    assert [int(image[0, 0, 0]) for image, _ in tasks.open_task("dtd", tmp_path, "train", n=14)] == places
+    with pytest.raises(ValueError, match="dtd has 44 test images, 45 were asked for"): tasks.open_task("dtd", tmp_path, "test", n=45)
+    monkeypatch.setitem(tasks.ROWS, "dtd_1000", dataclasses.replace(tasks.ROWS["dtd_1000"], limit=6))
+    assert np.bincount(tasks.open_task("dtd_1000", tmp_path, "train").labels).tolist() == [2, 2, 2]
+    assert len(tasks.open_task("dtd_1000", tmp_path, "test")) == 44
+
+
+def test_several_labels(monkeypatch, tmp_path):
+    labels = np.array([[1, 0, -1], [0, 1, 1]], np.int8)
+    monkeypatch.setitem(tasks.READERS, "voc07", listing(labels))
+    data = tasks.open_task("voc07", tmp_path, "test")
+    assert data.labels.dtype == torch.int8 and data.labels.tolist() == labels.tolist() and data[0][1].tolist() == [1, 0, -1]
+    assert len(tasks.open_task("voc07", tmp_path, "test", n=1)) == 1
+
+    class Lazy:   # labels that are made row by row
+        ndim, shape = 2, (2, 3)
+        def __len__(self): return 2
+        def __getitem__(self, i): return labels[i]
+    monkeypatch.setitem(tasks.READERS, "openimages", listing(Lazy()))
+    data = tasks.open_task("openimages", tmp_path, "train")
+    assert len(data) == 2 and data[1][1].tolist() == [0, 1, 1]
+
+
+def test_shared_folders_and_parts(monkeypatch, tmp_path):
+    "Two tasks may share a download; a folder of its own goes first. Known and new cameras are two test sets of one reader."
+    seen = []
+    read = listing(np.array([0, 1]), seen)
+    for slug in ("clevr_dist", "wilds_iwildcam"): monkeypatch.setitem(tasks.READERS, slug, read)
+    for slug in ("clevr_dist", "clevr_dist_1000"): tasks.open_task(slug, tmp_path, "test")
+    (tmp_path / "clevr_dist").mkdir()
+    tasks.open_task("clevr_dist", tmp_path, "train")
+    for slug in ("wilds_iwildcam", "iwildcam_ood"): tasks.open_task(slug, tmp_path, "test")
+    assert [(folder.name, part) for folder, part in seen] == [("clevr", "test"), ("clevr", "test"), ("clevr_dist", "train"),
+                                                              ("wilds_iwildcam", "id_test"), ("wilds_iwildcam", "test")]
+
+
+def test_missing_without_a_filename(monkeypatch, tmp_path):
+    def read(folder, split): raise FileNotFoundError(f"{folder}/scenes.json is missing")
+    monkeypatch.setitem(tasks.READERS, "clevr_count", read)
+    with pytest.raises(FileNotFoundError, match=r"clevr_count is not there: \S+scenes.json is missing\n.*CLEVR_v1.0.zip\n.*CC BY") as error: tasks.open_task("clevr_count", tmp_path)
+    assert "clevr_count or clevr" in str(error.value)
+    with pytest.raises(ValueError, match="no list of labelled images"): tasks.open_task("coco_detection", tmp_path)
+
+
+# ── squares ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("slug, steps", [
+    ("imagenet1k", lambda v2: [v2.Resize(256), v2.CenterCrop(224)]), ("sun397", lambda v2: [v2.Resize((224, 224))]),
+    ("imagenet_v2", lambda v2: [v2.Resize(224), v2.CenterCrop(224)]), ("mnist", lambda v2: [v2.Pad(2), v2.Resize(224)]),
+    ("objectnet", lambda v2: [v2.Resize(224, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)]), ("cifar10", lambda v2: [v2.Resize(224)])])
+def test_squares_of_the_test(slug, steps):
+    "As torchvision makes them from VISSL's lists."
+    from torchvision.transforms import v2
+    size = {"mnist": (28, 28), "cifar10": (32, 32)}.get(slug, (90, 130))
+    image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made, asked = tasks.eval_transform(slug).resize_crop(image), v2.Compose(steps(v2))(image)
+    assert made.shape == (3, 224, 224) and torch.equal(made, asked)
+
+
+def test_the_model_brings_its_statistics():
+    model = tasks.Preprocess(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bicubic", channel_order="BGR")
+    made = tasks.eval_transform("food101", model, size=112)
+    assert (made.size, made.crop, made.mean, made.std, made.interpolation, made.channel_order) == (128, 112, model.mean, model.std, "bicubic", "BGR")
+    assert made(torch.zeros(3, 50, 60, dtype=torch.uint8)).unique().tolist() == [-2.0]
+
+
+def test_training_views():
+    "A pure function of (seed, image, epoch); mirrored where a mirrored image means the same, and nowhere else."
+    image = (torch.arange(64, dtype=torch.uint8) * 4).expand(3, 64, 64)            # brighter to the right
+    def views(slug): return [tasks.train_transform(slug, size=32)(image, 1, 2, epoch) for epoch in range(40)]
+    rising = {slug: sum(bool((v[0, 0].float().diff() >= 0).all()) for v in views(slug)) for slug in ("food101", "stl10", "clevr_count", "svhn", "dsprites_loc")}
+    assert all(10 < rising[slug] < 30 for slug in ("food101", "stl10", "clevr_count"))
+    assert rising["svhn"] == rising["dsprites_loc"] == 40 and len({v.numpy().tobytes() for v in views("mnist")}) == 1
+    assert all(torch.equal(a, b) for a, b in zip(views("food101"), views("food101")))
+    assert len({v.numpy().tobytes() for v in views("food101")}) > 30 and len({v.numpy().tobytes() for v in views("clevr_count")}) == 2
+    with pytest.raises(ValueError, match="detection keeps whole images"): tasks.train_transform("coco_detection")
+
+
+# ── check ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_check(monkeypatch, tmp_path, capsys):
+    def images(n): return listing(np.zeros(n, np.int64))
+    monkeypatch.setitem(tasks.READERS, "dtd", images(1880))
+    monkeypatch.setitem(tasks.READERS, "sun397", images(7))            # about: the split is drawn
+    assert tasks.main(["check", "--root", str(tmp_path), "--tasks", "dtd,sun397,food101,coco_detection"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in out[:4]] == [["dtd", "ready"], ["sun397", "ready"], ["food101", "missing"], ["coco_detection", "elsewhere"]]
+    assert out[4] == "2 ready, 1 missing, 1 elsewhere"
+    monkeypatch.setitem(tasks.READERS, "dtd", images(1879))
+    assert tasks.main(["check", "--root", str(tmp_path), "--tasks", "dtd"]) == 1
+    assert "differs    train: 1,879 images, the table says 1,880 (TFDS); test: 1,879" in capsys.readouterr().out
+
+
+def test_check_goes_on_after_a_broken_set(monkeypatch, tmp_path, capsys):
+    def broken(folder, split): raise KeyError("annotations")
+    monkeypatch.setitem(tasks.READERS, "inaturalist18", broken)
+    assert tasks.main(["check", "--root", str(tmp_path)]) == 1
+    states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]}
+    assert set(states) == set(tasks.ROWS) - set(TOY_TASKS) and states["inaturalist18"] == "broken" and states["voc07"] == "missing"
+
+
+def test_check_from_the_command_line(tmp_path):
+    run = lambda *words: subprocess.run([sys.executable, "-m", "seer_nb.evaluate.tasks", "check", *words], capture_output=True, text=True, cwd=TOP)
+    done = run("--root", str(tmp_path), "--tasks", "dtd,food")
+    assert done.returncode == 2 and "did you mean 'food101'" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("slug", list(TOY_TASKS))
@@ -109,7 +273,7 @@ class Probe(nn.Module):
 
 
 def test_extraction_keeps_order_and_model():
-    images = torch.stack([torch.full((3, 8, 8), i, dtype=torch.uint8) for i in range(50)])
+    images = torch.stack([torch.full((3, 8, 8), i % 256, dtype=torch.uint8) for i in range(50)])
     model = Probe()
     before, state = {m: m.training for m in model.modules()}, tasks.weights_hash(model)
     out = features.extract_features(model, images, batch_size=7)
