@@ -156,15 +156,16 @@ def bootstrap_interval(
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
-# %% ../../nbs/evaluate/47_metrics.ipynb #8665f04c
+# %% ../../nbs/evaluate/47_metrics.ipynb #0f911166
 def resampled_counts(
     counts,               # [G] samples of each group
     n_resamples: int,     # how many test sets are drawn
     seed: int = 0,        # of the draws
+    part: int = 0,        # another part: other draws of the same seed
 ) -> np.ndarray:
     "Draw bootstrap test sets of grouped samples; return how many of each group are in each, int64 `[n_resamples, G]`."
     counts = np.asarray(counts)
-    return stateless_rng(seed, 56).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
+    return stateless_rng(seed, 56, part).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
 
 
 def mean_interval(
@@ -176,7 +177,7 @@ def mean_interval(
 ) -> tuple:
     "Return the lower and upper end of the percentile bootstrap interval of a mean. Fast where few different values occur."
     kinds, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
-    parts = [resampled_counts(counts, n, seed + 10**6 * i) @ kinds for i, n in enumerate(chunk_sizes(n_resamples, len(kinds)))]
+    parts = [resampled_counts(counts, n, seed, i) @ kinds for i, n in enumerate(chunk_sizes(n_resamples, len(kinds)))]
     low, high = np.quantile(np.concatenate(parts) / counts.sum(), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
