@@ -1,14 +1,15 @@
 "The linear probe against scikit-learn, torch and hand-computed cases."
-import warnings
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import average_precision_score
 
 from seer_nb.evaluate import linear
-from seer_nb.evaluate.features import TaskFeatures
+from seer_nb.evaluate.features import TaskFeatures, extract, extract_taps
+from seer_nb.evaluate.tasks import ROWS, open_model, open_task, read_results, weights_hash
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,14 @@ def test_bound_is_a_bound():
     assert torch.linalg.eigvalsh(bound - hessian).min() > -1e-10
 
 
+def test_a_large_problem_is_sampled_for_the_bound():
+    x, _ = problem(n=2000, dim=6)
+    values, axes = linear.curvature_bound(x)
+    sampled = x[:: 2000 // 96]
+    torch.testing.assert_close(axes @ values.diag() @ axes.T, sampled.T @ sampled / (2 * len(sampled)))
+    assert linear.fit_logistic(x, torch.arange(2000) % 5, 5, l2=1e-2, tolerance=1e-8).loss < np.log(5)
+
+
 def test_more_features_than_samples_and_constant_features():
     x, y = problem(n=40, dim=80)
     x[:, 0] = 3.0
@@ -100,41 +109,6 @@ def test_labels_are_checked():
     with pytest.raises(ValueError, match="399 labels"): linear.fit_logistic(x, y[1:], 5)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_top_k_accuracy_is_scikit_learns(k):
-    rng = np.random.default_rng(k)
-    scores, labels = rng.normal(size=(200, 6)), rng.integers(6, size=200)
-    assert linear.top_k_accuracy(scores, labels, k) == pytest.approx(top_k_accuracy_score(labels, scores, k=k, labels=range(6)))
-    assert linear.top_k_accuracy(torch.from_numpy(scores), torch.from_numpy(labels), k) == linear.top_k_accuracy(scores, labels, k)
-
-
-def test_ties_and_nans_do_not_count_as_right():
-    labels = np.arange(60) % 6
-    assert linear.top_k_accuracy(np.zeros((60, 6)), labels) == pytest.approx(1 / 6)
-    assert linear.top_k_accuracy(np.zeros((60, 6)), labels, 2) == pytest.approx(2 / 6)
-    with pytest.raises(ValueError, match="not a number"): linear.top_k_accuracy(np.full((60, 6), np.nan), labels)
-    with pytest.raises(ValueError, match="do not fit"): linear.top_k_accuracy(np.zeros((60, 6)), labels[1:])
-
-
-def test_mean_per_class_is_balanced_accuracy():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.normal(size=(300, 7)), rng.choice(7, 300, p=[0.6, 0.2, 0.1, 0.05, 0.05, 0, 0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")      # classes 5 and 6 are predicted and never true
-        expected = balanced_accuracy_score(labels, scores.argmax(1))
-    assert linear.mean_per_class_accuracy(scores, labels) == pytest.approx(expected)
-
-
-def test_bootstrap_interval_covers_the_truth():
-    rng, covered = np.random.default_rng(0), 0
-    for trial in range(100):
-        low, high = linear.bootstrap_interval(np.mean, rng.random(200) < 0.3, n_resamples=200, seed=trial)
-        covered += low <= 0.3 <= high
-    assert 88 <= covered <= 100      # 95 expected
-    pairs = linear.bootstrap_interval(lambda a, b: (a == b).mean(), np.arange(50), np.arange(50))
-    assert pairs == (1.0, 1.0)       # arrays are resampled together
-
-
 def test_stratified_split():
     labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 2 + [3])
     first, second = linear.stratified_split(labels, 0.2, seed=3)
@@ -144,21 +118,147 @@ def test_stratified_split():
     assert not torch.equal(second, linear.stratified_split(labels, 0.2, seed=4)[1])
 
 
-def test_sgd_takes_torch_steps():
-    "Without batch norm and with one full batch, each epoch is one step of torch's Nesterov SGD from the same start."
-    x, y = problem(n=64, dim=8)
-    kwargs = dict(lr=0.5, batch_size=64, weight_decay=0.01, batch_norm=False, seed=1)
-    begin, end = (linear.fit_sgd(x, y, 5, epochs=n, **{**kwargs, "lr": lr}) for n, lr in ((1, 0.0), (7, 0.5)))
-    w = torch.cat([begin.weight, begin.bias[None]]).requires_grad_()
-    optimizer = torch.optim.SGD([w], lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.01)
-    for epoch in range(7):
-        optimizer.param_groups[0]["lr"] = 0.5 * 64 / 256 * [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001][epoch]
-        loss = torch.nn.functional.cross_entropy(x @ w[:-1] + w[-1], y)
-        optimizer.zero_grad()
-        loss.backward()
+def toy_maps(n=96, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (n,), generator=g)
+    maps = {"res4:2x1": torch.randn(n, 5, 2, 1, generator=g) + labels[:, None, None, None], "avgpool": 3 * torch.randn(n, 7, 1, 1, generator=g)}
+    maps["avgpool"][:, 0, 0, 0] += 2 * labels
+    return maps, labels
+
+
+HEADS = ("res4:2x1/eval_mlp", "avgpool/eval_mlp", "avgpool/mlp")
+
+
+@pytest.mark.parametrize("decay_norm", [False, True])
+def test_heads_are_trained_as_by_a_plain_loop(decay_norm):
+    "Every head on its own, with torch's layers and optimizer, batch norm with or without decay, and the rate of each epoch."
+    maps, labels = toy_maps()
+    recipe = linear.Recipe(epochs=6, batch_size=32, lr=0.4, steps=(2, 4, 5), weight_decay=0.05, decay_norm=decay_norm)
+    heads = linear.make_heads(HEADS, maps, 4, seed=3)
+    starts = {name: {k: v.clone() for k, v in head.state_dict().items()} for name, head in heads.items()}
+    linear.train_heads(heads, linear.cached_batches(maps, labels, batch_size=32, seed=1), recipe)
+    for name in HEADS:
+        x = maps[name.split("/")[0]]
+        layers = [torch.nn.BatchNorm2d(x.shape[1])] * name.endswith("eval_mlp") + [torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 4)]
+        plain = torch.nn.Sequential(*layers)
+        plain.load_state_dict(starts[name])
+        norm = list(layers[0].parameters())
+        optimizer = torch.optim.SGD([{"params": plain[-1].parameters(), "weight_decay": 0.05}, {"params": norm, "weight_decay": 0.05 * decay_norm}][:1 + bool(norm)],
+                                    lr=0.4 * 32 / 256, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 5])
+        for epoch in range(6):
+            for rows in linear.epoch_rows(np.arange(96), 32, 1, epoch):
+                loss = torch.nn.functional.cross_entropy(plain(x[rows]), labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+        for key, value in plain.state_dict().items(): torch.testing.assert_close(heads[name].state_dict()[key], value, msg=f"{name} {key}")
+
+
+def test_nesterov_and_decay_by_hand():
+    maps, labels = toy_maps(32)
+    recipe = linear.Recipe(epochs=3, batch_size=32, lr=0.5, steps=(), weight_decay=0.1)
+    heads = linear.make_heads(("avgpool/mlp",), maps, 4)
+    w = torch.cat([heads["avgpool/mlp"][-1].weight, heads["avgpool/mlp"][-1].bias[:, None]], 1).detach().double()
+    x, velocity = torch.cat([maps["avgpool"].flatten(1), torch.ones(32, 1)], 1).double(), 0
+    linear.train_heads(heads, linear.cached_batches(maps, labels, batch_size=32), recipe)
+    for _ in range(3):
+        p = (x @ w.T).softmax(1) - torch.nn.functional.one_hot(labels, 4)
+        gradient = p.T @ x / 32 + 0.1 * w                     # bias decayed
+        velocity = 0.9 * velocity + gradient
+        w = w - 0.5 * 32 / 256 * (gradient + 0.9 * velocity)
+    torch.testing.assert_close(heads["avgpool/mlp"][-1].weight.double(), w[:, :-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(heads["avgpool/mlp"][-1].bias.double(), w[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_cosine_is_torchs():
+    recipe = linear.probe_recipe("patch_camelyon", epochs=10)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.003)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=3e-5)
+    for epoch in range(10):
+        assert linear.learning_rate(recipe, epoch) == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
-    np.testing.assert_allclose(end.weight.numpy(), w[:-1].detach().numpy(), atol=1e-10)
-    np.testing.assert_allclose(end.bias.numpy(), w[-1].detach().numpy(), atol=1e-10)
+        schedule.step()
+
+
+def test_several_labels_end_where_scikit_learn_does():
+    "Sigmoid cross entropy with unknown labels left out: one logistic regression per class, on the images that say something about it."
+    x, y = problem(n=90, dim=6, classes=3)
+    rng = np.random.default_rng(0)
+    targets = torch.nn.functional.one_hot(y, 3)
+    targets[torch.from_numpy(rng.random((90, 3)) < 0.3)] = -1
+    heads = linear.make_heads(("avgpool/mlp",), maps := {"avgpool": x.float()[..., None, None]}, 3)
+    recipe = linear.Recipe(epochs=250, batch_size=90, lr=0.5 * 256 / 90, steps=(), weight_decay=0.02)
+    linear.train_heads(heads, linear.cached_batches(maps, targets, batch_size=90), recipe)
+    scores = linear.head_scores(heads, maps)["avgpool/mlp"]
+    with_one = np.hstack([x.numpy(), np.ones((90, 1))])      # the bias is decayed as a weight is
+    for c in range(3):
+        known = targets[:, c].numpy() >= 0
+        ref = LogisticRegression(C=1 / (0.02 * known.sum()), fit_intercept=False, tol=1e-10, max_iter=10_000).fit(with_one[known], targets[known, c].numpy())
+        np.testing.assert_allclose(scores[:, c].numpy(), ref.decision_function(with_one), atol=2e-3)
+    value = linear.measure("mAP", scores, targets, n_resamples=20)[0]
+    expected = [average_precision_score(t[k], s[k]) for t, s in zip(targets.T.numpy(), scores.T.numpy()) for k in [t >= 0]]
+    assert value == pytest.approx(np.mean(expected))
+
+
+def test_published_recipes():
+    "The exceptions of the paper, written down once more from VISSL's files."
+    recipe = linear.probe_recipe
+    assert set(linear.RECIPES) <= set(ROWS)
+    assert (recipe("dtd").epochs, recipe("dtd").lr, recipe("dtd").steps, recipe("dtd").weight_decay, recipe("dtd").batch_size) == (28, 0.01, (8, 16, 24), 5e-4, 256)
+    assert [(recipe(t).epochs, recipe(t).schedule) for t in ("clevr_count", "clevr_dist", "ucf101")] == [(50, "cosine"), (100, "cosine"), (50, "cosine")]
+    assert [recipe(t).steps for t in ("places205", "inaturalist18", "wilds_iwildcam", "openimages")] == [(4, 8, 12), (24, 48, 72), (24, 48, 72), (2, 4, 6)]
+    assert recipe("ucf101").weight_decay == 0.01 and recipe("openimages").decay_norm and not recipe("imagenet1k").decay_norm
+    assert linear.learning_rate(recipe("openimages"), 0) == 0.003 and linear.learning_rate(recipe("dtd", batch_size=64), 0) == 0.0025
+    with pytest.raises(ValueError, match="schedule"): recipe("dtd", schedule="linear")
+    with pytest.raises(TypeError): recipe("dtd", leraning_rate=1)
+
+
+def test_the_head_is_chosen_without_test_labels():
+    maps, labels = toy_maps(200)
+    test_maps, test_labels = toy_maps(80, seed=1)
+    recipe = linear.Recipe(epochs=8, batch_size=32, lr=0.5)
+    batches = lambda rows: linear.cached_batches(maps, labels, rows, batch_size=32)
+    for choose in ("validation", "test"):
+        scores, found = linear.probe_heads(HEADS, batches, (maps, labels), test_maps, test_labels, recipe, n_classes=4, choose=choose)
+        _, other = linear.probe_heads(HEADS, batches, (maps, labels), test_maps, test_labels.flip(0), recipe, n_classes=4, choose=choose)
+        assert linear.top_k_accuracy(scores, test_labels) == found["heads"][found["head"]] > 0.4
+        if choose == "validation": assert other["head"] == found["head"] == max(found["validation"], key=found["validation"].get)
+        else: assert found["head"] == max(found["heads"], key=found["heads"].get) and "validation" not in found
+
+
+def test_memory_mapped_features_are_those_in_memory(tmp_path):
+    model, taps = open_model("random:regnety_toy"), ["res3:2x1", "avgpool"]
+    data = open_task("toy_count", n=40)
+    store = extract(model, {"train": data}, tmp_path, taps=taps, batch_size=16)
+    mapped, held = (linear.fold_taps(x) for x in ({tap: store.features("train", tap) for tap in taps}, extract_taps(model, data, taps, batch_size=16)))
+    direct = linear.frozen_maps(model, torch.stack([data.read(i) for i in range(16)]), taps)
+    for tap in taps:
+        assert torch.equal(mapped[tap], held[tap])
+        torch.testing.assert_close(mapped[tap][:16], direct[tap])                # folded as the map was
+    both = []
+    for maps in (mapped, held):
+        heads = linear.make_heads(("res3:2x1/eval_mlp",), maps, 5)
+        linear.train_heads(heads, linear.cached_batches(maps, data.labels, batch_size=8), linear.Recipe(epochs=2))
+        both.append(linear.head_scores(heads, maps)["res3:2x1/eval_mlp"])
+    assert torch.equal(*both)
+    model.train()
+    with pytest.raises(ValueError, match="eval"): linear.frozen_maps(model, data.read(0)[None], taps)
+
+
+def test_the_backbone_stays_frozen_and_views_are_a_function_of_seed_image_epoch():
+    model, data = open_model("random:regnety_toy"), open_task("toy_count", n=24)
+    before = weights_hash(model)
+    batches = linear.trunk_batches(model, data, ["avgpool"], augment="crop", batch_size=8, seed=5)
+    first, again, later = (torch.cat([maps["avgpool"] for maps, _ in batches(epoch)]) for epoch in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    heads = linear.make_heads(("avgpool/eval_mlp",), {"avgpool": first}, 5)
+    linear.train_heads(heads, batches, linear.Recipe(epochs=1, batch_size=8, lr=1.0))
+    assert weights_hash(model) == before and not model.training
+    crop, image = linear.training_view("toy_count", "crop", model.preprocess, 64), data.read(0)
+    assert not torch.equal(crop(image, 0, 0, 0), crop(image, 0, 1, 0))
+    assert torch.equal(linear.training_view("toy_count", "task", model.preprocess, 64)(image, 0, 0, 0), image)      # directions matter there
 
 
 def toy_features(n=300, classes=4):
@@ -183,3 +283,27 @@ def test_the_penalty_is_chosen_without_test_images():
     honest = linear.score_linear(features, config)[0].details["l2"]
     shuffled = TaskFeatures(**{**vars(features), "test_labels": features.test_labels.flip(0), "test_features": -features.test_features})
     assert linear.score_linear(shuffled, config)[0].details["l2"] == honest
+
+
+def test_more_seeds_are_added_and_not_measured_twice(tmp_path):
+    config = linear.LinearConfig(run_dir=str(tmp_path), task="toy_count", train_images=60, test_images=40, solver="sgd", heads="avgpool/mlp res4:1x2/eval_mlp",
+                                 epochs=2, batch_size=16, lr=0.1)
+    first = linear.run_linear(config)
+    more = linear.run_linear(dataclasses.replace(config, seeds=3))
+    rows = read_results(tmp_path / "results.jsonl")
+    assert first == more == rows[0] and [r.seed for r in rows] == [0, 1, 2]
+    assert len({r.details["loss"] for r in rows}) == 3 and len({r.settings["weights"] for r in rows}) == 1
+    assert linear.top_k_accuracy(np.load(tmp_path / "scores.npy"), open_task("toy_count", split="test", n=40).labels) == first.value
+    with pytest.raises(ValueError, match="other parameters"): linear.run_linear(dataclasses.replace(config, epochs=3))
+
+
+def test_what_needs_the_images_is_refused_on_features():
+    config = linear.LinearConfig(task="toy_count", solver="sgd")
+    with pytest.raises(ValueError, match="images"): linear.score_linear(toy_features(), dataclasses.replace(config, augment="crop"))
+    with pytest.raises(ValueError, match="res4"): linear.score_linear(toy_features(), dataclasses.replace(config, heads="res4/mlp"))
+
+
+def test_both_solvers_of_the_race_end_alike():
+    row = linear.race_scikit_learn(600, 20, 5, separation=2.0, l2=1e-2, rounds=1)
+    assert row["ours_objective"] == pytest.approx(row["scikit_learn_objective"], rel=1e-4)
+    assert row["ours_accuracy"] == pytest.approx(row["scikit_learn_accuracy"], abs=0.02) and row["times_faster"] > 0
