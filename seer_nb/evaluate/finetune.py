@@ -107,7 +107,7 @@ AUGMENT = {   # name -> what is drawn besides the view's size
     "none": dict(crop=False, flip=0.0),                   # where left and right matter
 }
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #07f0c0ec
+# %% ../../nbs/evaluate/55_finetune.ipynb #a46e2c19
 def mix(
     images: torch.Tensor,  # float [B, 3, s, s], normalised
     labels: torch.Tensor,  # int64 [B]
@@ -119,7 +119,8 @@ def mix(
     from torchvision.transforms import v2
 
     kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
-    return v2.RandomChoice(kinds)(images, labels) if kinds else (images, labels)
+    if not kinds: return images, labels
+    return (kinds[0] if len(kinds) == 1 else v2.RandomChoice(kinds))(images, labels)
 
 # %% ../../nbs/evaluate/55_finetune.ipynb #bea7d6d9
 def learning_rate(
