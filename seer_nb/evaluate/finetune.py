@@ -203,17 +203,18 @@ class FinetuneConfig:
         whole = not AUGMENT[self.augment].get("crop", True)
         return dataclasses.replace(of, size=self.image_size if whole else self.resize, crop=self.image_size, interpolation=self.interpolation, warp=whole)
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #6ee3194f
+# %% ../../nbs/evaluate/55_finetune.ipynb #a62f4f62
 def parameter_groups(
-    model: nn.Module,  # has a `head`
-    config,            # has lr, head_lr, weight_decay, head_weight_decay, decay_norm
+    model: nn.Module,  # with a `head`, or without: then all of it is backbone
+    config,            # has lr, weight_decay, decay_norm, and for a head head_lr, head_weight_decay
 ) -> list:
     "Return the groups for an optimizer: backbone and head, each with and without decay; `scale` is the group's share of the learning rate."
     kinds = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm)
     norms = set() if config.decay_norm else {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
-    head, groups = set(model.head.parameters()), []
-    for inside, scale, decay in ((False, 1.0, config.weight_decay),
-                                 (True, (config.head_lr or config.lr) / config.lr, config.weight_decay if config.head_weight_decay < 0 else config.head_weight_decay)):
+    head, groups = set(model.head.parameters()) if hasattr(model, "head") else set(), []
+    parts = [(False, 1.0, config.weight_decay)]
+    if head: parts.append((True, (config.head_lr or config.lr) / config.lr, config.weight_decay if config.head_weight_decay < 0 else config.head_weight_decay))
+    for inside, scale, decay in parts:
         for plain in (True, False):
             own = [p for p in model.parameters() if p.requires_grad and (p in head) == inside and (p not in norms) == plain]
             if own: groups.append({"params": own, "scale": scale, "weight_decay": decay if plain else 0.0})
@@ -265,7 +266,7 @@ def training_images(
     if chosen is None: return data
     return TaskData(data.slug, data.split, data.classes, data.labels[chosen], functools.partial(_pick, data.read, chosen), functools.partial(_pick, data.name, chosen))
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #5c8784ab
+# %% ../../nbs/evaluate/55_finetune.ipynb #fb5ff180
 @dataclasses.dataclass
 class Training:
     "The parts of a run that change as it learns."
@@ -279,9 +280,10 @@ def start_training(
     model: nn.Module,      # on its device, sharded if it is to be
     config,                # has momentum, precision and the fields of parameter_groups
     device: torch.device,  # where it runs
+    nesterov: bool = True,  # Nesterov's momentum, or the plain one
 ) -> Training:
     "Make the optimizer of a model, with its momentum at zero."
-    optimizer = torch.optim.SGD(parameter_groups(model, config), lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    optimizer = torch.optim.SGD(parameter_groups(model, config), lr=config.lr, momentum=config.momentum, nesterov=nesterov and config.momentum > 0)
     for group in optimizer.param_groups:
         for p in group["params"]: optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return Training(model, optimizer, torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"))
@@ -494,10 +496,10 @@ def score_images(
     if world_size() > 1: dist.all_reduce(scores)
     return scores
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #e4ba942f
+# %% ../../nbs/evaluate/55_finetune.ipynb #c871dcd8
 def save_finetuned(
     run: RunDir,             # has a checkpoint
-    preprocess: Preprocess,  # of a test image
+    preprocess: Preprocess = Preprocess(),  # of a test image
 ) -> Path:                   # the file to open: model.safetensors, or the index of its shards
     "Write the network of a run's newest checkpoint; if it is there already, leave it."
     path, found = run.path / "model.safetensors", load_newest(run.checkpoints)
