@@ -347,7 +347,7 @@ def freeze_batch_norm(
         else: freeze_batch_norm(child)
     return module
 
-# %% ../../nbs/evaluate/57_detection.ipynb #8c241463
+# %% ../../nbs/evaluate/57_detection.ipynb #a83b6bd1
 @dataclasses.dataclass(frozen=True)
 class DetectionConfig:
     "Parameters of a detector's training; the defaults are VISSL's for RegNetY-128GF on COCO, but for the toy data."
@@ -366,7 +366,7 @@ class DetectionConfig:
     sizes: str = "640 672 704 736 768 800"  # shorter side, pixels: one of them in training, the last one in the test
     max_size: int = 1333                # longer side at most, pixels
     anchor: int = 32                    # side of the smallest reference box, pixels; each level doubles it
-    proposals: int = 1000               # regions that are looked at, per image
+    proposals: int = 1000               # regions that are looked at, per image; of twice as many in training
     rois: int = 512                     # of these, in training
     batch_size: int = 16                # images per step, over all ranks
     steps: int = 90000                  # optimizer steps
@@ -412,7 +412,7 @@ def detection_rate(
     warm = min(1.0, 0.001 + 0.999 * step / config.warmup_steps) if config.warmup_steps else 1.0
     return config.lr * warm * 0.1 ** sum(step >= int(drop) for drop in config.drops.split())
 
-# %% ../../nbs/evaluate/57_detection.ipynb #ad09fbdf
+# %% ../../nbs/evaluate/57_detection.ipynb #98726793
 def open_detector(
     config: DetectionConfig,  # the run
     classes: int,             # of the task, without background
@@ -427,6 +427,7 @@ def open_detector(
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         parts = dict(min_size=sizes, max_size=config.max_size, image_mean=list(p.mean), image_std=list(p.std), rpn_anchor_generator=anchors,
+                     rpn_pre_nms_top_n_train=2 * config.proposals, rpn_pre_nms_top_n_test=config.proposals,
                      rpn_post_nms_top_n_train=config.proposals, rpn_post_nms_top_n_test=config.proposals, box_batch_size_per_image=config.rois,
                      box_head=TwoMLPHead(width * 7 * 7, config.head_width), box_predictor=FastRCNNPredictor(config.head_width, classes + 1))
         if config.masks: parts |= dict(mask_head=MaskRCNNHeads(width, (width,) * 4, 1), mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
