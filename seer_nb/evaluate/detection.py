@@ -8,7 +8,7 @@ __all__ = ['TOY_SHAPES', 'VOC_CLASSES', 'DETECTION', 'DetectionData', 'make_targ
            'run_lengths', 'coco_dataset', 'coco_average_precision', 'Pyramid', 'freeze_batch_norm', 'DetectionConfig',
            'detection_rate', 'open_detector', 'detection_loader', 'detection_loss', 'detect', 'run_detection']
 
-# %% ../../nbs/evaluate/57_detection.ipynb #82fa5c67
+# %% ../../nbs/evaluate/57_detection.ipynb #4a8caccc
 import contextlib
 import dataclasses
 import functools
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -29,9 +28,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ..core import MetricLog, RunDir, did_you_mean, make_config, stateless_rng, write_atomic
+from ..core import MetricLog, RunDir, did_you_mean, stateless_rng, write_atomic
 from ..distributed import barrier, gather_json, is_main, rank, setup, shutdown, world_size
-from .finetune import MAY_CHANGE, fit, place_model, save_finetuned, start_training
+from .finetune import MAY_CHANGE, fit, place_model, recompute, save_finetuned, start_training
 from .linear import bootstrap_interval
 from .tasks import Result, append_result, find_result, needed, open_model, weights_hash
 from ..images import Samples, StatelessSampler, decode_image
@@ -412,7 +411,7 @@ def detection_rate(
     warm = min(1.0, 0.001 + 0.999 * step / config.warmup_steps) if config.warmup_steps else 1.0
     return config.lr * warm * 0.1 ** sum(step >= int(drop) for drop in config.drops.split())
 
-# %% ../../nbs/evaluate/57_detection.ipynb #98726793
+# %% ../../nbs/evaluate/57_detection.ipynb #aab8d31a
 def open_detector(
     config: DetectionConfig,  # the run
     classes: int,             # of the task, without background
@@ -433,7 +432,7 @@ def open_detector(
         if config.masks: parts |= dict(mask_head=MaskRCNNHeads(width, (width,) * 4, 1), mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
         detector = (MaskRCNN if config.masks else FasterRCNN)(Pyramid(body, width, norm), **parts)
     detector.preprocess = p
-    return detector
+    return recompute(detector, config.cuts)
 
 # %% ../../nbs/evaluate/57_detection.ipynb #e3848467
 def _train_view(data, masks, pair, seed, index, epoch):

@@ -6,10 +6,10 @@
 __all__ = ['AUGMENT', 'MAY_CHANGE', 'RECIPES', 'Head', 'Classifier', 'Augment', 'mix', 'learning_rate', 'FinetuneConfig',
            'parameter_groups', 'listed_images', 'balanced_images', 'training_images', 'Training', 'start_training',
            'train_step', 'classification_loss', 'Preempted', 'pack', 'step_key', 'network_numbers', 'fit',
-           'train_loader', 'swav_layer', 'open_classifier', 'place_model', 'score_images', 'save_finetuned',
-           'load_finetuned', 'finetune_settings', 'run_finetune', 'recipe']
+           'train_loader', 'swav_layer', 'open_classifier', 'recompute', 'place_model', 'score_images',
+           'save_finetuned', 'load_finetuned', 'finetune_settings', 'run_finetune', 'recipe']
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #225b63b7
+# %% ../../nbs/evaluate/55_finetune.ipynb #0a7fa980
 import dataclasses
 import functools
 import io
@@ -29,7 +29,7 @@ from ..checkpoints import CheckpointManager, load_newest
 from ..containers import Entry
 from ..core import MetricLog, RunDir, make_config, progress, stateless_rng, write_atomic
 from ..distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_size
-from .linear import bootstrap_interval, check_config, top_k_accuracy, top_k_hits
+from .linear import bootstrap_interval, check_config, top_k_hits
 from .tasks import Result, TaskData, append_result, find_result, open_model, open_task, task_row, weights_hash
 from ..images import Samples, StatelessSampler, guarded
 from ..multicrop import draw_plan, init_worker, render_fast
@@ -421,7 +421,7 @@ def train_loader(
         samples, batch_size=share, sampler=StatelessSampler(len(data), rank(), world_size(), config.seed, step * share), num_workers=config.workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=init_worker, timeout=300 if config.workers else 0)
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #8ead3fc7
+# %% ../../nbs/evaluate/55_finetune.ipynb #2c440801
 def swav_layer(
     spec: str,  # seer:PATH of a checkpoint with its SwAV head
 ) -> tuple:
@@ -447,16 +447,27 @@ def open_classifier(
         with torch.no_grad(): width = backbone(torch.zeros(1, 3, config.image_size, config.image_size)).shape[1]
     head = Head(width, classes, hidden, config.seed)
     head.projection.load_state_dict(head.projection.state_dict() | kept)    # the published large heads have no BatchNorm: it starts anew
-    return Classifier(backbone, head, config.preprocess(backbone.preprocess))
+    return recompute(Classifier(backbone, head, config.preprocess(backbone.preprocess)), config.cuts)
+
+
+def recompute(
+    model: nn.Module,  # has a `backbone`; changed in place
+    cuts: str,         # as in FinetuneConfig
+) -> nn.Module:
+    "Let the backward pass compute parts of the backbone again; return the model. Raises `ValueError` for cuts that do not fit."
+    if not cuts: return model
+    if not hasattr(model.backbone, "stages"): raise ValueError("cuts are for a RegNetY; this backbone has no such stages")
+    try: parts = json.loads(cuts)
+    except ValueError: raise ValueError(f"cuts must be four lists of numbers, such as [[2],[7],[9,17],[]], got {cuts!r}") from None
+    return checkpoint_stages(model, parts)
 
 
 def place_model(
-    model: nn.Module,      # has a `backbone` and a `head`; changed in place
-    config,                # has cuts, norm_group, sharded, precision, channels_last
+    model: nn.Module,      # changed in place
+    config,                # has norm_group, sharded, precision, channels_last
     device: torch.device,  # of this rank
 ) -> nn.Module:
-    "Put a model on its device, split over the ranks if there are several, with shared BatchNorm and activation checkpointing as the run wants it."
-    if config.cuts: checkpoint_stages(model, json.loads(config.cuts))
+    "Put a model on its device, split over the ranks if there are several, with shared BatchNorm as the run wants it."
     sync_batch_norm(model, config.norm_group)
     if config.sharded or world_size() > 1: return shard(model.float(), rank_mesh(device.type), dtype=DTYPES[config.precision])
     return model.float().to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
