@@ -21,7 +21,7 @@ from seer_nb.regnet import regnety
 from seer_nb.swav import SwAV, SwAVHead
 from seer_nb.weights import Preprocess, convert_state, load_backbone, load_classifier, save_backbone
 
-RUN = FinetuneConfig(train_images=34, test_images=19, image_size=32, resize=32, batch_size=12, epochs=2, lr=0.5, milestones="1", weight_decay=1e-3, augment="tricks",
+RUN = FinetuneConfig(train_images=34, test_images=19, image_size=32, resize=32, batch_size=12, epochs=2, lr=0.1, milestones="1", weight_decay=1e-3, augment="tricks",
                      log_every=1, checkpoint_every=2, device="cpu", timeout=60.0, test_batch=4)
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def losses(folder): return [row["loss"] for row in MetricLog(folder / "metrics.j
 
 def test_two_steps_are_those_of_torchvision_and_plain_sgd():
     "The same weights in torchvision's RegNet, its parameters grouped by hand: after two steps every tensor is the same."
-    config = dataclasses.replace(RUN, weight_decay=0.1, head_lr=1.0, head_weight_decay=0.01, label_smoothing=0.1)
+    config = dataclasses.replace(RUN, weight_decay=0.1, head_lr=0.2, head_weight_decay=0.01, label_smoothing=0.1)
     torch.manual_seed(0)
     ours = Classifier(regnety("regnety_toy", width_rule="torchvision"), Head(352, 5, seed=1), Preprocess(32, 32))
     theirs = RegNet(BlockParams.from_init_params(depth=6, w_0=16, w_a=40.0, w_m=2.8, group_width=16, se_ratio=0.25), num_classes=5, stem_width=16)
@@ -218,7 +218,7 @@ def test_files_of_a_run(straight):
     assert backbone.preprocess == Preprocess(32, 32)
     with torch.no_grad(): logits = classifier(backbone(torch.stack([backbone.preprocess(test[i][0]) for i in range(19)])))
     np.testing.assert_allclose(scores, logits.numpy(), atol=1e-4, rtol=1e-3)
-    assert [row["learning_rate"] for row in MetricLog(folder / "metrics.jsonl").rows()] == pytest.approx([0.5 * 12 / 256] * 3 + [0.05 * 12 / 256] * 3)
+    assert [row["learning_rate"] for row in MetricLog(folder / "metrics.jsonl").rows()] == pytest.approx([0.1 * 12 / 256] * 3 + [0.01 * 12 / 256] * 3)
     assert saved_steps(folder / "checkpoints")[-1] == 6 == result.details["steps"]
 
 
@@ -249,7 +249,7 @@ def test_nothing_is_written_for_what_cannot_run(tmp_path):
 
 def test_another_configuration_is_refused_in_the_same_folder(straight):
     folder, result = straight
-    with pytest.raises(ValueError, match="lr was 0.5, now 0.1"): run_finetune(dataclasses.replace(RUN, run_dir=str(folder), lr=0.1))
+    with pytest.raises(ValueError, match="lr was 0.1, now 0.2"): run_finetune(dataclasses.replace(RUN, run_dir=str(folder), lr=0.2))
     assert run_finetune(dataclasses.replace(RUN, run_dir=str(folder), workers=1)) == result                  # where it runs is free to change
 
 
@@ -330,7 +330,7 @@ def test_two_ranks_equal_one_and_stop_together(straight, tmp_path):
         moved = (tensor - state[name]).norm()
         assert (two["stepped"][name] - tensor).norm() <= 0.05 * moved + 1e-6, name                  # a ReLU that rounding turns on or off is a percent
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "two"))[0], torch.tensor(losses(folder))[0], atol=2e-4, rtol=0)
-    torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(folder)), atol=0.1, rtol=0)   # BatchNorm on a few tiny crops magnifies rounding
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(folder)), atol=0.05, rtol=0)  # BatchNorm on a few tiny crops magnifies rounding
     for name in ("model.safetensors", "scores.npy"): assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "two_stopped" / name).read_bytes()
     assert losses(tmp_path / "two") == losses(tmp_path / "two_stopped")
     row, = read_results(tmp_path / "two" / "results.jsonl")
