@@ -521,7 +521,11 @@ class Watchdog:
         where = ("the end, since its collective failed", True) if self.failed else whereabouts(self.main)
         self.store.set(f"rank/{self.rank}", json.dumps(Report(self.step, *where, self.state, time.monotonic())))
 
-    def _pause(self): return self.over.wait(min(self.every, 0.2) if self.leaving else self.every)
+    def _pause(self):
+        "Wait for the next heartbeat, only a moment once this rank has come to the end; say whether it is over."
+        end = time.monotonic() + self.every
+        while not self.over.wait(min(self.every, 0.2)) and not self.leaving and time.monotonic() < end: pass
+        return self.over.is_set()
 
     def _talk(self):
         "Thread: exchange reports until the verdict."

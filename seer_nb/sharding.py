@@ -208,12 +208,13 @@ PER_TENSOR = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_field
 
 
 def units(
-    model: SwAV,             # on any device
+    model: nn.Module,        # SwAV, or any other network, on any device
     big: int = 100_000_000,  # a layer of so many parameters is a unit of its own
 ) -> list:
     "Return (name, module) of what is gathered together: big layers, prototypes, blocks, head, and the rest; inner ones first."
+    head = getattr(model, "head", None)
     def is_unit(module):
-        if module is model.head.prototypes or isinstance(module, (Block, SwAVHead, SwAV)): return True
+        if module in (model, head, getattr(head, "prototypes", None)) or isinstance(module, Block): return True
         if isinstance(module, BATCH_NORM): return not PER_TENSOR
         return isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.numel() >= big
     return [(name, m) for name, m in reversed(list(model.named_modules())) if is_unit(m)]
@@ -268,7 +269,7 @@ def rank_mesh(
 
 
 def shard(
-    model: SwAV,                 # on the meta device, or built alike on every rank; changed in place
+    model: nn.Module,            # SwAV, or any other network, on the meta device or built alike on every rank; changed in place
     mesh=None,                   # DeviceMesh; 1-D: shards over it; 2-D: copies over the first dimension, shards over the second; None: all ranks
     *,
     dtype=torch.float32,         # of the computation and of gathered weights: float32, bfloat16 or float16; BatchNorm and prototypes stay fp32
@@ -287,15 +288,15 @@ def shard(
     mesh = mesh or rank_mesh()
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDP.*SwAV. returned a view", UserWarning)   # the scores are chunks of one tensor; nothing changes them in place
-    full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    full, prototypes = MixedPrecisionPolicy(reduce_dtype=torch.float32), getattr(getattr(model, "head", None), "prototypes", None)
     offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     for name, unit in units(model, big):
         _draw(unit, seed, device, name)
-        if unit is model.head.prototypes: model.head.normalize_prototypes()
+        if unit is prototypes: model.head.normalize_prototypes()
         norms = {p for m in unit.modules() if isinstance(m, BATCH_NORM) for p in m.parameters()}
         keep = dict(param_dtype_override_fn=lambda p, norms=norms: torch.float32 if p in norms else None) if PER_TENSOR else {}
         half = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype, **keep)
-        fp32 = unit is model.head.prototypes or isinstance(unit, BATCH_NORM)
+        fp32 = unit is prototypes or isinstance(unit, BATCH_NORM)
         again = None if unit is model else reshard_after_forward and not isinstance(unit, BATCH_NORM)   # None: the root decides, and keeps its few
         fully_shard(unit, mesh=mesh, mp_policy=full if fp32 else half, reshard_after_forward=again, offload_policy=offload_policy)
     return model
