@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['TOY_TRANSFORM', 'TOY_LICENCE', 'ROWS', 'toy_images', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task',
-           'toy_row', 'needed', 'task_table', 'task_row', 'TaskData', 'open_task', 'drop_classifier', 'open_timm',
-           'open_torchvision', 'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model', 'weights_hash',
-           'Result', 'append_result', 'read_results', 'find_result']
+           'toy_row', 'needed', 'task_table', 'task_row', 'published', 'TaskData', 'open_task', 'drop_classifier',
+           'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model',
+           'weights_hash', 'Result', 'append_result', 'read_results', 'find_result']
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #56f8986a
+# %% ../../nbs/evaluate/50_tasks.ipynb #ccef1514
+import csv
 import dataclasses
 import functools
 import hashlib
 import importlib
+from importlib import resources
 
 import torch
 from torch import nn
@@ -84,6 +86,11 @@ def task_row(
     "Return the row of one task. Raises `ValueError` for a slug that is not in the table."
     if slug not in ROWS: raise ValueError(f"no task {slug!r}{did_you_mean(slug, ROWS)}; tasks: {', '.join(ROWS)}")
     return ROWS[slug]
+
+# %% ../../nbs/evaluate/50_tasks.ipynb #4c3b5ee8
+def published() -> list:
+    "Return the published numbers, one dict of strings each: table, benchmark, protocol, metric, model, value, source."
+    with resources.files("seer_nb.evaluate").joinpath("published_results.csv").open(encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #89c8e6c7
 class TaskData:
