@@ -136,7 +136,7 @@ def impulse_noise(image, share, rng):
     draw = rng.random(image.shape)
     return np.where(draw < share / 2, 0, np.where(draw >= 1 - share / 2, 1, image))
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #afe34e03
+# %% ../../nbs/evaluate/56_robustness.ipynb #7a64a074
 def blur(image, kernel): return cv2.filter2D(image, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT_101)
 
 
@@ -149,7 +149,7 @@ def defocus_blur(image, radius, rng):
 
 def motion_blur(image, streak, rng):
     radius, sigma = (s * image.shape[1] / 224 for s in streak)
-    t, angle, reach = np.arange(0, 2 * radius, 0.25), rng.uniform(-np.pi / 4, np.pi / 4), int(np.ceil(2 * radius))
+    t, angle, reach = np.arange(2 * radius + 1), rng.uniform(-np.pi / 4, np.pi / 4), int(np.ceil(2 * radius)) + 1
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
     at = [np.round(reach + t * f(angle)).astype(int) for f in (np.sin, np.cos)]
     np.add.at(kernel, tuple(at), np.exp(-t**2 / (2 * sigma**2)))
@@ -161,7 +161,7 @@ def zoom_blur(image, zooms, rng):
     views = [cv2.warpAffine(image, cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), 0, zoom), (width, height)) for zoom in np.arange(1, *zooms)]
     return np.mean([image, *views], 0)
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #0572ff52
+# %% ../../nbs/evaluate/56_robustness.ipynb #1c000151
 def brightness(image, added, rng):
     hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
     hsv[..., 2] = (hsv[..., 2] + added).clip(0, 1)
@@ -176,7 +176,7 @@ def contrast(image, kept, rng):
 def pixelate(image, share, rng):
     height, width = image.shape[:2]
     small = cv2.resize(image, (int(width * share), int(height * share)), interpolation=cv2.INTER_AREA)
-    return cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def jpeg_compression(image, quality, rng):
@@ -463,7 +463,7 @@ def robustness_settings(
     own = {name: getattr(config, name) for name in ("image_size", "test_images", "probe_task", "train_images")}
     return own | {"scoring": scoring, "corruptions": " ".join(corruption_names(config.corruptions)), "weights": weights}
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #04909045
+# %% ../../nbs/evaluate/56_robustness.ipynb #84ec1ebb
 def corrupted_hits(
     model: nn.Module,          # the classifier
     data,                      # a TaskData
@@ -504,7 +504,7 @@ def score_robustness(
     values = hits.double().numpy()
     if names := corruption_names(config.corruptions):
         damaged = corrupted_hits(model, data, lambda x: score_logits(x, targets, present)[0], config, folder)
-        details |= {"clean": values.mean(), "corrupted": dict(zip(names, damaged.mean(2).tolist()))}
+        details |= {"clean": float(values.mean()), "corrupted": dict(zip(names, damaged.mean(2).tolist()))}
         values = damaged.mean((0, 1))
     low, high = bootstrap_interval(np.mean, values, seed=config.seed)
     result = Result(row.slug, config.model, "corruption" if names else "robustness", settings, row.metric, float(values.mean()), low, high, len(values),
