@@ -8,11 +8,10 @@ __all__ = ['CORRUPTIONS', 'SCALING', 'BARS', 'FINETUNED', 'MASKED', 'fit_probe',
            'defocus_blur', 'motion_blur', 'zoom_blur', 'brightness', 'contrast', 'pixelate', 'jpeg_compression',
            'corrupt', 'corrupted', 'calibration_bins', 'calibration_error', 'draw_reliability', 'logit', 'fit_line',
            'on_line', 'effective_robustness', 'published_accuracies', 'save_probe', 'load_probe', 'timm_classifier',
-           'torchvision_classifier', 'open_classifier', 'imagenet_ids', 'targets_for', 'score_logits',
-           'RobustnessConfig', 'corruption_names', 'robustness_settings', 'corrupted_hits', 'score_robustness',
-           'run_robustness']
+           'torchvision_classifier', 'open_classifier', 'targets_for', 'score_logits', 'RobustnessConfig',
+           'corruption_names', 'robustness_settings', 'corrupted_hits', 'score_robustness', 'run_robustness']
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #fbe15801
+# %% ../../nbs/evaluate/56_robustness.ipynb #89aaa98a
 import copy
 import dataclasses
 import io
@@ -29,7 +28,6 @@ from .features import extract_features
 from .linear import bootstrap_interval, check_config, fit_logistic, standardize, sweep_l2, top_k_hits
 from .tasks import (Result, append_result, find_result, needed, open_model, open_task, pick_device, published, task_row,
                                     weights_hash)
-from ..regnet import regnety
 from ..weights import Preprocess, load_backbone, load_checkpoint, load_classifier
 
 # %% ../../nbs/evaluate/56_robustness.ipynb #36bef429
@@ -387,27 +385,15 @@ def open_classifier(
         else: open_model(spec, pretrained=False); raise ValueError(f"{spec} has no classifier of its own: train one with probe_task, or give the file of a probe")
     return model.to(device).eval()
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #2b895c47
-def imagenet_ids() -> list:
-    "Return the WordNet ids of ImageNet's 1,000 classes in the order of a classifier's outputs."
-    return needed("timm").data.ImageNetInfo("imagenet-1k").label_names()
-
-
+# %% ../../nbs/evaluate/56_robustness.ipynb #0d496488
 def targets_for(
-    data,            # a TaskData
+    data,            # a TaskData whose labels are numbers of the classifier's outputs
     n_outputs: int,  # of the classifier
 ) -> torch.Tensor:
-    """Return the labels in the numbering of the classifier's outputs: integers `[N]`, or sets `[N, C]` of 1 and 0.
-
-    Raises `ValueError` if the classes are neither the classifier's own nor WordNet ids of ImageNet.
-    """
-    labels = data.labels
-    if labels.ndim == 2 and labels.shape[1] == n_outputs or labels.ndim == 1 and len(data.classes) == n_outputs: return labels
-    if labels.ndim == 1 and n_outputs == 1000 and all(c[:1] == "n" and c[1:].isdigit() for c in data.classes):
-        column = {name: i for i, name in enumerate(imagenet_ids())}
-        if not (unknown := [c for c in data.classes if c not in column]): return torch.tensor([column[c] for c in data.classes])[labels]
-        raise ValueError(f"{data.slug} has classes that ImageNet-1k has not, e.g. {unknown[0]}")
-    raise ValueError(f"the classifier has {n_outputs} outputs, {data.slug} has {len(data.classes)} classes: they do not belong together")
+    "Return the labels, integers `[N]` or sets `[N, C]` of 1 and 0. Raises `ValueError` if the classifier has another number of classes."
+    classes = data.labels.shape[1] if data.labels.ndim == 2 else len(data.classes)
+    if classes != n_outputs: raise ValueError(f"the classifier has {n_outputs} outputs, {data.slug} has {classes} classes: they do not belong together")
+    return data.labels
 
 
 def score_logits(
