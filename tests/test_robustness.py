@@ -125,8 +125,8 @@ def test_calibration_error_is_torchmetrics(n_bins, sharpness):
     assert robustness.calibration_error(confidence, guess.numpy() == labels, n_bins) == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_calibration_bins_hold_every_sample_once():
-    mean, accuracy, share = robustness.calibration_bins([0.0, 0.05, 1.0, 1.0], [0, 1, 1, 0], n_bins=10)
+def test_confidence_bins_hold_every_sample_once():
+    mean, accuracy, share = robustness.confidence_bins([0.0, 0.05, 1.0, 1.0], [0, 1, 1, 0], n_bins=10)
     assert share.tolist() == [0.5, *[0] * 8, 0.5] and accuracy[[0, -1]].tolist() == [0.5, 0.5] and mean[-1] == 1
     with pytest.raises(ValueError, match="between 0 and 1"): robustness.calibration_error([1.2], [1])
 

@@ -6,14 +6,16 @@
 __all__ = ['CORRUPTIONS', 'SCALING', 'BARS', 'FINETUNED', 'MASKED', 'fit_probe', 'join', 'mask_classes', 'masked_top1',
            'set_hits', 'real_accuracy', 'objectnet_accuracy', 'gaussian_noise', 'shot_noise', 'impulse_noise', 'blur',
            'defocus_blur', 'motion_blur', 'zoom_blur', 'brightness', 'contrast', 'pixelate', 'jpeg_compression',
-           'corrupt', 'corrupted', 'calibration_bins', 'calibration_error', 'draw_reliability', 'logit', 'fit_line',
-           'on_line', 'effective_robustness', 'published_accuracies', 'save_probe', 'load_probe', 'timm_classifier',
-           'torchvision_classifier', 'open_classifier', 'targets_for', 'score_logits', 'RobustnessConfig',
-           'corruption_names', 'robustness_settings', 'corrupted_hits', 'score_robustness', 'run_robustness']
+           'corrupt', 'read_corrupted', 'corrupted', 'confidence_bins', 'calibration_error', 'draw_reliability',
+           'logit', 'fit_line', 'on_line', 'effective_robustness', 'published_accuracies', 'save_probe', 'load_probe',
+           'timm_classifier', 'torchvision_classifier', 'open_classifier', 'targets_for', 'score_logits',
+           'RobustnessConfig', 'corruption_names', 'robustness_settings', 'corrupted_hits', 'score_robustness',
+           'run_robustness']
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #89aaa98a
+# %% ../../nbs/evaluate/56_robustness.ipynb #1ba2d4f9
 import copy
 import dataclasses
+import functools
 import io
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch import nn
 from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
 from .features import extract_features
 from .linear import bootstrap_interval, check_config, fit_logistic, standardize, sweep_l2, top_k_hits
-from .tasks import (Result, append_result, find_result, needed, open_model, open_task, pick_device, published, task_row,
+from .tasks import (Result, append_result, find_result, needed, open_model, open_task, pick_device, published_rows, task_row,
                                     weights_hash)
 from ..weights import Preprocess, load_backbone, load_checkpoint, load_classifier
 
@@ -210,7 +212,13 @@ def corrupt(
     damaged = function(pixels, strengths[severity - 1], rng or stateless_rng(0))
     return torch.from_numpy((255 * damaged.clip(0, 1)).round().astype(np.uint8)).permute(2, 0, 1)
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #92e0627b
+# %% ../../nbs/evaluate/56_robustness.ipynb #b132c179
+def read_corrupted(read, name, severity, prepare, seed, i):
+    "Read image i and damage it; see `corrupted`."
+    image = prepare(read(i)) if prepare else read(i)
+    return corrupt(image, name, severity, stateless_rng(seed, 56, list(CORRUPTIONS).index(name), severity, i))
+
+
 def corrupted(
     data,           # a TaskData
     name: str,      # a key of CORRUPTIONS
@@ -220,13 +228,12 @@ def corrupted(
     seed: int = 0,  # of the draws
 ):
     "Return the task with damaged images; image i is damaged the same way every time."
-    view, key = copy.copy(data), list(CORRUPTIONS).index(name)
-    def read(i): return corrupt(prepare(data.read(i)) if prepare else data.read(i), name, severity, stateless_rng(seed, 56, key, severity, i))
-    view.read = read
+    view = copy.copy(data)
+    view.read = functools.partial(read_corrupted, data.read, name, severity, prepare, seed)
     return view
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #f5168642
-def calibration_bins(
+# %% ../../nbs/evaluate/56_robustness.ipynb #f0a875da
+def confidence_bins(
     confidence,        # [N] in 0..1
     hits,              # [N] bool: was the answer right?
     n_bins: int = 15,  # of equal width
@@ -245,10 +252,10 @@ def calibration_error(
     n_bins: int = 15,  # of equal width
 ) -> float:
     "Return the expected calibration error, 0..1."
-    mean, accuracy, share = calibration_bins(confidence, hits, n_bins)
+    mean, accuracy, share = confidence_bins(confidence, hits, n_bins)
     return float((share * np.abs(mean - accuracy)).sum())
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #bd102a6f
+# %% ../../nbs/evaluate/56_robustness.ipynb #62846a45
 def draw_reliability(
     answers: dict,     # label -> (confidence [N], hits [N])
     n_bins: int = 10,  # of equal width
@@ -258,7 +265,7 @@ def draw_reliability(
     fig, ax = plt.subplots(figsize=(4, 3.4), layout="constrained")
     ax.plot([0, 100], [0, 100], "--", color="0.6", lw=1, label="perfectly calibrated")
     for label, (confidence, hits) in answers.items():
-        mean, accuracy, share = calibration_bins(confidence, hits, n_bins)
+        mean, accuracy, share = confidence_bins(confidence, hits, n_bins)
         ax.plot(100 * mean[share > 0], 100 * accuracy[share > 0], "o-", ms=4, label=f"{label}: error {calibration_error(confidence, hits):.1%}")
     ax.set(xlabel="confidence, %", ylabel="right, %", xlim=(0, 100), ylim=(0, 100))
     ax.legend(fontsize=7)
@@ -298,7 +305,7 @@ def effective_robustness(
     "Return the shifted accuracy minus what the line predicts from the clean one (Taori et al., 2020)."
     return np.asarray(shifted, float) - on_line(clean, line)
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #ba7638d5
+# %% ../../nbs/evaluate/56_robustness.ipynb #efceb197
 SCALING, BARS, FINETUNED = "README OOD scaling figure", "README OOD bars, equal architecture", "README ImageNet finetune scaling figure"
 
 
@@ -307,7 +314,7 @@ def published_accuracies(
 ) -> dict:
     "Return benchmark -> model -> accuracy as a fraction, of a table whose metric is an accuracy in percent."
     found = {}
-    for row in published():
+    for row in published_rows():
         if row["table"] != table: continue
         if not row["metric"].startswith("top-1 acc %"): raise ValueError(f"{table} holds {row['metric']}, not accuracies")
         found.setdefault(row["benchmark"], {})[row["model"]] = float(row["value"]) / 100
@@ -498,7 +505,7 @@ def score_robustness(
                     config.seed, details)
     return result, logits
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #6f5620c7
+# %% ../../nbs/evaluate/56_robustness.ipynb #72583a9c
 def run_robustness(
     config: RobustnessConfig,
 ) -> Result:
@@ -510,8 +517,9 @@ def run_robustness(
     check_config(config)
     corruption_names(config.corruptions)
     if config.probe and config.probe_task: raise ValueError("give probe or probe_task, not both")
-    if config.probe_task and task_row(config.probe_task).classes != task_row(config.task).classes:
-        raise ValueError(f"a probe for the {task_row(config.probe_task).classes} classes of {config.probe_task} cannot answer {config.task}")
+    test = open_task(config.task, config.root, "test", n=config.test_images)
+    if config.probe_task and (train := open_task(config.probe_task, config.root, "train", n=config.train_images)).classes != test.classes:
+        raise ValueError(f"a probe for the {len(train.classes)} classes of {config.probe_task} cannot answer the {len(test.classes)} of {config.task}")
     run, device = RunDir(config.run_dir, "robustness"), pick_device(config.device)
     if config.probe_task: model = open_model(config.model, seed=config.seed, device=device)
     else: model = open_classifier(config.model, probe=config.probe, seed=config.seed, device=device)
@@ -519,7 +527,6 @@ def run_robustness(
     settings = robustness_settings(config, weights)
     done = find_result(run.results, task=config.task, model=config.model, settings=settings, seed=config.seed)
     if done: return done
-    open_task(config.task, config.root, "test", n=config.test_images)      # its files are there
     run.begin(config)
     if config.probe_task:
         head = fit_probe(model, config.probe_task, config.root, size=config.image_size, batch_size=config.extract_batch, n_train=config.train_images, seed=config.seed)
