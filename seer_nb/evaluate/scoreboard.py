@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PRECISION', 'evaluate_backbone', 'collect_results', 'task_group', 'score_table', 'readable',
-           'draw_scoreboard', 'protocol_family', 'published_table', 'network_in', 'seer_size', 'seer_cells',
+           'draw_scoreboard', 'protocol_family', 'published_table', 'network_in', 'seer_size', 'seer_cells', 'row_of',
            'draw_cells', 'coverage', 'model_size', 'draw_scaling', 'markdown_table', 'html_page', 'ScoreboardConfig',
            'run_scoreboard']
 
@@ -140,7 +140,7 @@ def draw_scoreboard(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #41db0324
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #a69bef10
 FAMILIES = (     # a protocol as printed begins with …, and contains …: the protocol of these pages
     ("finetuned", "OOD", "robustness"), ("finetuned", "", "finetune"), ("semi-supervised", "", "finetune"), ("linear SVM", "", "svm"),
     ("linear", "", "linear"), ("kNN", "", "knn"), ("Mask R-CNN", "", "detection"), ("supervised", "", "supervised"), ("weakly supervised", "", "supervised"))
@@ -148,13 +148,9 @@ PRECISION = ("", "digitised", "rounded")     # best first: figures are read to 0
 
 
 def protocol_family(
-    text: str,  # a protocol as printed, or of a Result
+    text: str,  # a protocol as printed
 ) -> str:
-    "Return the protocol of these pages that a printed or measured one belongs to; `other` if there is none."
-    ours = {"linear_sgd": "linear", "corruption": "robustness", "limited": "lowshot"}
-    word = text.split(" ")[0]
-    if word in ("linear", "linear_sgd", "knn", "svm", "lowshot", "limited", "finetune", "robustness", "corruption", "detection") and " " not in text.replace(" k=", "="):
-        return ours.get(word, word)
+    "Return the protocol of these pages that a printed one belongs to; `other` if there is none."
     return next((family for begin, inside, family in FAMILIES if text.startswith(begin) and inside in text), "other")
 
 
@@ -170,6 +166,7 @@ def published_table():
         convert = FRACTION.get(metric) or FRACTION.get(row["metric"])
         if row["benchmark"] not in slugs or convert is None: continue
         slug, protocol = slugs[row["benchmark"]], protocol_family(row["protocol"])
+        if slug == "imagenet1k" and protocol == "robustness": protocol = "finetune"      # the clean accuracies in the figure of the shifted ones
         rows.append({"group": task_group(slug, protocol), "task": slug, "protocol": protocol, "model": row["model"], "paper": round(100 * convert(float(row["value"])), 6),
                      "printed": f"{row['value']} {row['metric']}", "precision": precision if precision in PRECISION else "", "source": row["source"], "table": row["table"]})
     return needed("pandas", "notebooks").DataFrame(rows)
@@ -199,7 +196,14 @@ def seer_cells(
     rows = rows[rows["size"] != ""].sort_values("rank", kind="stable").drop_duplicates(["task", "protocol", "size"])
     return rows[["group", "task", "protocol", "size", "paper", "printed", "precision", "source"]].sort_values(["group", "protocol", "task"], ignore_index=True)
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #50a99c60
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #70a2ed6a
+def row_of(
+    protocol: str,  # as in score_table
+) -> str:
+    "Return the protocol whose published scores a measured one stands beside: both probes are `linear`."
+    return {"linear_sgd": "linear"}.get(protocol, protocol.partition(" k=")[0])
+
+
 def draw_cells(
     table,    # of score_table; may be empty
     printed,  # of published_table
@@ -208,7 +212,8 @@ def draw_cells(
 ):
     "Draw measured and published scores as two blocks of cells over the same tasks; return the matplotlib figure."
     plt, cells = needed("matplotlib.pyplot", "notebooks"), seer_cells(printed)
-    ours = {(r.task, protocol_family(r.protocol), r.model): r.here for r in table.itertuples()} if len(table) else {}
+    ours = {}
+    for r in table.itertuples(): ours.setdefault((r.task, row_of(r.protocol), r.model), []).append(r.here)
     theirs = {(r.task, r.protocol, r.size): r for r in cells.itertuples()}
     group = {(r.task, r.protocol): r.group for r in cells.itertuples()} | {(t, p): task_group(t, p) for t, p, _ in ours}
     rows = sorted((key for key in group if not tasks or key[0] in tasks), key=lambda key: (group[key], key[1], key[0]))
@@ -218,9 +223,10 @@ def draw_cells(
     fig, ax = plt.subplots(figsize=(2.6 + 0.62 * columns, 1.2 + 0.21 * len(rows)), layout="constrained")
     for y, (task, protocol) in enumerate(rows):
         for x, model in enumerate(models):
-            value = ours.get((task, protocol, model))
-            if value is not None: ax.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, color=PALETTE["here"]))
-            ax.text(x, y, "·" if value is None else f"{value:.1f}", ha="center", va="center", fontsize=7, color="white" if value is not None else PALETTE["chance"])
+            values = ours.get((task, protocol, model), [])
+            if values: ax.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, color=PALETTE["here"]))
+            text = "·" if not values else f"{values[0]:.1f}" if len(values) == 1 else f"{min(values):.0f}–{max(values):.0f}"
+            ax.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if values else PALETTE["chance"])
         for x, size in enumerate(sizes):
             cell = theirs.get((task, protocol, size))
             if cell: ax.add_patch(plt.Rectangle((gap + x - 0.45, y - 0.45), 0.9, 0.9, fill=False, ec=PALETTE["paper"], ls=":" if cell.precision else "-"))
@@ -235,7 +241,7 @@ def draw_cells(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #f4289dc5
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #ed28517f
 def coverage(
     table,    # of score_table; may be empty
     printed,  # of published_table
@@ -245,7 +251,7 @@ def coverage(
     The state is `measured and published`, `measured here`, `published` or `missing`.
     """
     here, paper = {}, {}
-    for r in table.itertuples(): here.setdefault((r.task, protocol_family(r.protocol)), set()).add(r.model)
+    for r in table.itertuples(): here.setdefault((r.task, row_of(r.protocol)), set()).add(r.model)
     for r in printed.itertuples(): paper.setdefault((r.task, r.protocol), set()).add(r.model)
     planned = {(slug, protocol) for slug, row in ROWS.items() for protocol in row.protocol.split(", ")}
     states = {(True, True): "measured and published", (True, False): "measured here", (False, True): "published", (False, False): "missing"}
@@ -263,7 +269,7 @@ def model_size(
     if not (name := network_in(model)): return None
     with torch.device("meta"): return count_parameters(RegNetY(REGNETY[name]))
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #5aa43092
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #2cb557b1
 def draw_scaling(
     table,    # of score_table; may be empty
     printed,  # of published_table
@@ -273,15 +279,15 @@ def draw_scaling(
     plt, cells, columns = needed("matplotlib.pyplot", "notebooks"), seer_cells(printed), min(4, len(tasks))
     fig, axes = plt.subplots(math.ceil(len(tasks) / columns), columns, figsize=(2.4 * columns, 0.5 + 2.2 * math.ceil(len(tasks) / columns)), squeeze=False, layout="constrained")
     for ax, task in zip(axes.flat, tasks):
-        for protocol, part in cells[cells.task == task].groupby("protocol"):
+        for i, (protocol, part) in enumerate(cells[cells.task == task].groupby("protocol")):
             points = sorted((model_size(f"SEER {r.size}"), r.paper) for r in part.itertuples())
-            ax.plot(*zip(*points), "D-", mfc="none", ms=5, lw=1, color=PALETTE["paper"], label=f"{protocol}, SEER, published")
+            ax.plot(*zip(*points), "D" + ("-", "--", ":", "-.")[i % 4], mfc="none", ms=5, lw=1, color=PALETTE["paper"], label=f"{protocol}, published")
         for i, (protocol, part) in enumerate(table[table.task == task].groupby("protocol") if len(table) else ()):
             points = sorted((size, r.here) for r in part.itertuples() if (size := model_size(r.model)))
-            if points: ax.plot(*zip(*points), "os^v"[i % 4], ms=5, color=PALETTE["here"], label=f"{protocol}, measured here")
+            if points: ax.plot(*zip(*points), "os^v"[i % 4], ms=4, color=PALETTE["here"], label=f"{protocol}, measured here")
             ax.axhline(part.chance.iloc[0], color=PALETTE["chance"], ls="--", lw=1)
-        ax.set(xscale="log", title=f"{task} (toy)" if task in TOY_TASKS else task)
-        if ax.has_data(): ax.legend(fontsize=6)
+        ax.set(xscale="log", xlim=(1e5, 2e10), title=f"{task} (toy)" if task in TOY_TASKS else task)
+        if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=6)
     for ax in axes.flat[len(tasks):]: ax.set_visible(False)
     fig.supxlabel("parameters", fontsize=9)
     fig.supylabel("score, %", fontsize=9)
@@ -308,7 +314,7 @@ def html_page(
     body = "".join(f"<h2>{html.escape(title)}</h2>\n{part.to_html(index=False, escape=True)}\n" for title, part in parts.items())
     return f"<!doctype html>\n<meta charset=\"utf-8\">\n<title>Scoreboard</title>\n<style>body {{font: 14px sans-serif}} td, th {{padding: 2px 8px; text-align: left}}</style>\n{body}"
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #1c77b652
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #2c4b18b5
 @dataclasses.dataclass(frozen=True)
 class ScoreboardConfig:
     "Parameters of a scoreboard."
@@ -332,6 +338,7 @@ def run_scoreboard(
     """
     run = RunDir(config.run_dir, "scoreboard")
     results = collect_results(config.results) if config.results else []
+    if config.results and not results: raise ValueError(f"there are no results in {config.results}")
     run.begin(config)
     if not config.results:
         jobs = [(seed, task) for seed in range(config.seed, config.seed + config.seeds) for task in config.tasks.split() or TOY_TASKS]
