@@ -98,13 +98,13 @@ def test_folders_of_two_hundred_classes_land_on_timms_outputs(which, tmp_path):
     "timm ships the WordNet ids of ImageNet-A and -R, and separately the output number of each; the reader numbers the folders."
     readers = pytest.importorskip("seer_nb.evaluate.readers")
     from importlib import resources
-    from torchvision.io import write_png
+    from PIL import Image
     lists = resources.files("timm.data") / "_info"
     synsets, indices = ((lists / f"{which}_{kind}.txt").read_text().split() for kind in ("synsets", "indices"))
     for synset in synsets:
         folder = tmp_path / which.replace("_", "-") / synset
         folder.mkdir(parents=True)
-        write_png(torch.zeros(3, 2, 2, dtype=torch.uint8), str(folder / "a.png"))
+        Image.new("RGB", (2, 2)).save(folder / "a.png")
     listing = getattr(readers, f"read_{which}")(tmp_path, "test")
     data = TaskData(which, "test", listing.classes, listing.labels, listing.read)
     assert robustness.targets_for(data, 1000).unique().tolist() == sorted(int(i) for i in indices)
@@ -325,6 +325,49 @@ def test_a_run_masks_the_classes_of_the_whole_test_set(tmp_path, imagenet_a):
     assert plain.sum() == 0                                                # without the mask the absent class wins
 
 
+class Preferring(nn.Module):
+    "A classifier whose logits fall with the distance of a class from the front of a list."
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.preprocess = order, robustness.Preprocess()
+
+    def forward(self, images):
+        logits = torch.zeros(len(images), 1000)
+        for rank, c in enumerate(self.order): logits[:, c] = 10.0 - rank
+        return logits
+
+
+def test_runs_on_original_files_of_real_and_objectnet(tmp_path, monkeypatch):
+    "The label sets come from the files as they are downloaded."
+    pytest.importorskip("seer_nb.evaluate.readers")
+    from PIL import Image
+    def put(path, text=None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text is None: Image.new("RGB", (40, 30), (90, 120, 30)).save(path)
+        else: path.write_text(text)
+    for i in (1, 2, 3): put(tmp_path / f"imagenet_real/val/ILSVRC2012_val_0000000{i}.JPEG")
+    put(tmp_path / "imagenet_real/real.json", "[[999, 7], [], [386]]")
+    maps = tmp_path / "objectnet/objectnet-1.0/mappings"
+    put(maps / "folder_to_objectnet_label.json", '{"alarm_clock": "Alarm clock", "fish": "Fish", "spoon": "Spoon"}')
+    put(maps / "objectnet_to_imagenet_1k.json", '{"Alarm clock": "analog clock; digital clock", "Fish": "tench"}')
+    put(maps / "pytorch_to_imagenet_2012_id.json", '{"409": 2, "530": 0, "0": 1}')
+    put(maps / "imagenet_to_label_2012_v2", "digital clock\ntench\nanalog clock\n")
+    for folder in ("alarm_clock", "fish", "spoon"): put(tmp_path / f"objectnet/objectnet-1.0/images/{folder}/a.png")
+    model = Preferring([500, 7, 530])                         # 500 is right for no image; then 7 (ReaL) and 530, one of the two clocks
+    monkeypatch.setattr(robustness, "open_classifier", lambda *a, **k: model)
+    config = robustness.RobustnessConfig(root=str(tmp_path), model="timm:x", image_size=32)
+    run = lambda task: robustness.run_robustness(dataclasses.replace(config, task=task, run_dir=str(tmp_path / "run" / task)))
+    real = run("imagenet_real")
+    assert (real.value, real.n, real.details["left_out"]) == (0.0, 2, 1)      # not masked: the answer is 500
+    net = run("objectnet")
+    assert (net.value, net.n, net.details["classes_present"]) == (0.5, 2, 3)  # masked to the clocks and the fish; the spoon is no ImageNet class
+    model.order = [7]
+    monkeypatch.setattr(robustness, "weights_hash", lambda model: "other")
+    again = robustness.run_robustness(dataclasses.replace(config, task="imagenet_real", run_dir=str(tmp_path / "run" / "again")))
+    assert (again.value, again.n) == (0.5, 2)
+
+
 def test_a_killed_run_goes_on_and_a_done_one_is_returned(tmp_path, imagenet_a, monkeypatch):
     config = robustness.RobustnessConfig(run_dir=str(tmp_path / "run"), model="seer:x", task="imagenet_a", corruptions="contrast brightness")
     passes, extract = [], robustness.extract_features
@@ -345,5 +388,5 @@ def test_a_killed_run_goes_on_and_a_done_one_is_returned(tmp_path, imagenet_a, m
 
 def test_bad_configurations_leave_no_folder(tmp_path):
     for bad in ({"task": "imagenet_z"}, {"corruptions": "fog"}, {"paper_model": "seer"}, {"probe_task": "toy_digits"}, {"probe_task": "toy_scenes", "probe": "x"}, {}):
-        with pytest.raises(ValueError): robustness.run_robustness(robustness.RobustnessConfig(run_dir=str(tmp_path / "run"), **bad))
+        with pytest.raises(ValueError): robustness.run_robustness(robustness.RobustnessConfig(**dict(run_dir=str(tmp_path / "run"), train_images=20, test_images=20) | bad))
         assert not (tmp_path / "run").exists()

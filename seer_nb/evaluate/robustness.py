@@ -32,7 +32,7 @@ from .tasks import (Result, append_result, find_result, needed, open_model, open
                                     weights_hash)
 from ..weights import Preprocess, load_backbone, load_checkpoint, load_classifier
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #36bef429
+# %% ../../nbs/evaluate/56_robustness.ipynb #d739f4cd
 def fit_probe(
     backbone: nn.Module,    # images [B, 3, H, W] -> features [B, D]
     task: str,              # slug of TASKS, one label per image
@@ -56,7 +56,7 @@ def fit_probe(
         head.bias.copy_(fit.bias + (zeros @ fit.weight)[0])
     return head.requires_grad_(False)
 
-
+# %% ../../nbs/evaluate/56_robustness.ipynb #362de5ec
 def join(
     backbone: nn.Module,  # images -> features; its `preprocess` is kept
     head: nn.Module,      # features -> logits
@@ -347,7 +347,7 @@ def load_probe(
     head.load_state_dict(state)
     return head.requires_grad_(False)
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #b249e27f
+# %% ../../nbs/evaluate/56_robustness.ipynb #72153514
 def timm_classifier(name, pretrained):
     "Open a timm model with its own head and preprocessing."
     timm = needed("timm")
@@ -370,7 +370,7 @@ def torchvision_classifier(name, pretrained):
     model.preprocess = Preprocess(recipe.resize_size[0], recipe.crop_size[0], recipe.interpolation.value, tuple(recipe.mean), tuple(recipe.std))
     return model
 
-
+# %% ../../nbs/evaluate/56_robustness.ipynb #973fa186
 def open_classifier(
     spec: str,                # seer:PATH, timm:NAME or torchvision:NAME; with a probe anything that open_model takes
     *,
@@ -413,7 +413,7 @@ def score_logits(
     hits, kept = set_hits(logits, targets) if targets.ndim == 2 else (top_k_hits(logits, targets), torch.arange(len(targets)))
     return hits, logits[kept].float().softmax(1).amax(1), kept
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #22516ee6
+# %% ../../nbs/evaluate/56_robustness.ipynb #0cd757cc
 @dataclasses.dataclass(frozen=True)
 class RobustnessConfig:
     "Parameters of a robustness test."
@@ -433,7 +433,7 @@ class RobustnessConfig:
     probe: str = ""                     # probe.safetensors of an earlier run; empty: the model's own head, or `probe_task`
     corruptions: str = ""               # names separated by spaces, or all; empty: the images as they are
 
-
+# %% ../../nbs/evaluate/56_robustness.ipynb #f65852df
 MASKED = ("imagenet_a", "imagenet_r", "objectnet")   # tasks in which absent classes are no answer
 
 
@@ -456,7 +456,7 @@ def robustness_settings(
     own = {name: getattr(config, name) for name in ("image_size", "test_images", "probe_task", "train_images")}
     return own | {"scoring": scoring, "corruptions": " ".join(corruption_names(config.corruptions)), "weights": weights}
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #84ec1ebb
+# %% ../../nbs/evaluate/56_robustness.ipynb #e275ddea
 def corrupted_hits(
     model: nn.Module,          # the classifier
     data,                      # a TaskData
@@ -477,7 +477,7 @@ def corrupted_hits(
             hits.append(np.load(path))
     return np.stack(hits).reshape(-1, 5, len(hits[0]))
 
-
+# %% ../../nbs/evaluate/56_robustness.ipynb #f694dc9c
 def score_robustness(
     model: nn.Module,          # the classifier
     config: RobustnessConfig,
@@ -488,7 +488,7 @@ def score_robustness(
     start, row, data = time.perf_counter(), task_row(config.task), open_task(config.task, config.root, "test", n=config.test_images)
     logits = extract_features(model, data, size=config.image_size, batch_size=config.extract_batch)
     C, present = logits.shape[1], None
-    if config.task in MASKED:      # the classes of the whole test set, also when only a part of it is used
+    if config.task in MASKED:
         whole = targets_for(open_task(config.task, config.root, "test"), C)
         present = torch.nonzero((whole == 1).any(0))[:, 0] if whole.ndim == 2 else whole.unique()
     targets = targets_for(data, C)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PRECISION', 'evaluate_backbone', 'collect_results', 'task_group', 'score_table', 'readable',
            'draw_scoreboard', 'protocol_family', 'published_table', 'network_in', 'seer_size', 'seer_cells', 'row_of',
-           'draw_cells', 'coverage', 'model_size', 'draw_scaling', 'markdown_table', 'html_page', 'ScoreboardConfig',
-           'run_scoreboard']
+           'draw_cell', 'draw_cells', 'coverage', 'model_size', 'draw_scaling', 'markdown_table', 'html_page',
+           'ScoreboardConfig', 'run_scoreboard']
 
 # %% ../../nbs/evaluate/69_scoreboard.ipynb #16b96c23
 import dataclasses
@@ -171,7 +171,7 @@ def published_table():
                      "printed": f"{row['value']} {row['metric']}", "precision": precision if precision in PRECISION else "", "source": row["source"], "table": row["table"]})
     return needed("pandas", "notebooks").DataFrame(rows)
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #625901b3
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #ea4001a0
 def network_in(
     model: str,  # a model's name, printed or as in open_model
 ) -> str:
@@ -191,12 +191,12 @@ def seer_size(
 def seer_cells(
     printed,  # of published_table
 ):
-    "Return the most exact printed score of each task, protocol and SEER size: a DataFrame with columns group, task, protocol, size, paper, printed, precision, source."
+    "Return the most exact printed score (of equals, the first in the file) of each task, protocol and SEER size: a DataFrame with columns group, task, protocol, size, paper, printed, precision, source."
     rows = printed.assign(size=printed.model.map(seer_size), rank=printed.precision.map(PRECISION.index))
     rows = rows[rows["size"] != ""].sort_values("rank", kind="stable").drop_duplicates(["task", "protocol", "size"])
     return rows[["group", "task", "protocol", "size", "paper", "printed", "precision", "source"]].sort_values(["group", "protocol", "task"], ignore_index=True)
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #70a2ed6a
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #813b1171
 def row_of(
     protocol: str,  # as in score_table
 ) -> str:
@@ -204,6 +204,13 @@ def row_of(
     return {"linear_sgd": "linear"}.get(protocol, protocol.partition(" k=")[0])
 
 
+def draw_cell(ax, x, y, text, kind):
+    "Draw one cell: measured (filled), published (outlined), rough (dotted outline) or missing (a dot)."
+    look = {"measured": dict(color=PALETTE["here"]), "published": dict(fill=False, ec=PALETTE["paper"]), "rough": dict(fill=False, ec=PALETTE["paper"], ls=":")}.get(kind)
+    if look: ax.add_patch(needed("matplotlib.patches", "notebooks").Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, **look))
+    ax.text(x, y, text, ha="center", va="center", fontsize=7, color={"measured": "white", "missing": PALETTE["chance"]}.get(kind, PALETTE["paper"]))
+
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #bad72fe8
 def draw_cells(
     table,    # of score_table; may be empty
     printed,  # of published_table
@@ -211,33 +218,31 @@ def draw_cells(
     tasks=(),  # only these; empty: all that either has
 ):
     "Draw measured and published scores as two blocks of cells over the same tasks; return the matplotlib figure."
-    plt, cells = needed("matplotlib.pyplot", "notebooks"), seer_cells(printed)
-    ours = {}
+    plt, ours = needed("matplotlib.pyplot", "notebooks"), {}
     for r in table.itertuples(): ours.setdefault((r.task, row_of(r.protocol), r.model), []).append(r.here)
-    theirs = {(r.task, r.protocol, r.size): r for r in cells.itertuples()}
-    group = {(r.task, r.protocol): r.group for r in cells.itertuples()} | {(t, p): task_group(t, p) for t, p, _ in ours}
+    theirs = {(r.task, r.protocol, r.size): r for r in seer_cells(printed).itertuples()}
+    group = {(t, p): task_group(t, p) for t, p, _ in [*theirs, *ours]}
     rows = sorted((key for key in group if not tasks or key[0] in tasks), key=lambda key: (group[key], key[1], key[0]))
     models = list(dict.fromkeys(model for _, _, model in ours)) or ["nothing yet"]
-    sizes = sorted({size for _, _, size in theirs}, key=lambda size: int(size[:-2] if size.endswith("GF") else size[:-1] + "000"))
+    sizes = sorted({size for _, _, size in theirs}, key=lambda size: list(REGNETY).index(f"regnety_{size.lower()}"))
     gap, columns = len(models) + 0.5, len(models) + 0.5 + len(sizes)
     fig, ax = plt.subplots(figsize=(2.6 + 0.62 * columns, 1.2 + 0.21 * len(rows)), layout="constrained")
-    for y, (task, protocol) in enumerate(rows):
+    for y, key in enumerate(rows):
         for x, model in enumerate(models):
-            values = ours.get((task, protocol, model), [])
-            if values: ax.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, color=PALETTE["here"]))
-            text = "·" if not values else f"{values[0]:.1f}" if len(values) == 1 else f"{min(values):.0f}–{max(values):.0f}"
-            ax.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if values else PALETTE["chance"])
-        for x, size in enumerate(sizes):
-            cell = theirs.get((task, protocol, size))
-            if cell: ax.add_patch(plt.Rectangle((gap + x - 0.45, y - 0.45), 0.9, 0.9, fill=False, ec=PALETTE["paper"], ls=":" if cell.precision else "-"))
-            ax.text(gap + x, y, f"{cell.paper:.1f}" if cell else "·", ha="center", va="center", fontsize=7, color=PALETTE["paper"] if cell else PALETTE["chance"])
+            values = sorted(ours.get((*key, model), []))
+            text = "·" if not values else f"{values[0]:.1f}" if len(values) == 1 else f"{values[0]:.0f}–{values[-1]:.0f}"
+            draw_cell(ax, x, y, text, "measured" if values else "missing")
+        for x, size in ((gap + i, size) for i, size in enumerate(sizes)):
+            cell = theirs.get((*key, size))
+            draw_cell(ax, x, y, f"{cell.paper:.1f}" if cell else "·", "missing" if not cell else "rough" if cell.precision else "published")
     ax.set_yticks(range(len(rows)), [f"{task} ({group[task, protocol]}), {protocol}" for task, protocol in rows], fontsize=7)
-    ax.set_xticks([*range(len(models)), *(gap + x for x in range(len(sizes)))], [*models, *(f"SEER {size}" for size in sizes)], rotation=60, ha="left", rotation_mode="anchor", fontsize=7)
+    ax.set_xticks([*range(len(models)), *(gap + i for i in range(len(sizes)))], [*models, *(f"SEER {size}" for size in sizes)], rotation=60, ha="left",
+                  rotation_mode="anchor", fontsize=7)
     ax.xaxis.tick_top()
     ax.set(xlim=(-0.6, columns - 0.4), ylim=(len(rows) - 0.4, -0.6))
+    ax.set_xlabel("score, %. filled: measured here · outlined: published (dotted: rounded or read off a figure) · dot: missing", fontsize=7)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    ax.set_xlabel("score, %. filled: measured here · outlined: published (dotted: rounded or read off a figure) · dot: missing", fontsize=7)
     plt.close(fig)
     return fig
 
@@ -314,7 +319,7 @@ def html_page(
     body = "".join(f"<h2>{html.escape(title)}</h2>\n{part.to_html(index=False, escape=True)}\n" for title, part in parts.items())
     return f"<!doctype html>\n<meta charset=\"utf-8\">\n<title>Scoreboard</title>\n<style>body {{font: 14px sans-serif}} td, th {{padding: 2px 8px; text-align: left}}</style>\n{body}"
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #2c4b18b5
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #f5ec77d6
 @dataclasses.dataclass(frozen=True)
 class ScoreboardConfig:
     "Parameters of a scoreboard."
@@ -328,7 +333,7 @@ class ScoreboardConfig:
     train_images: int = 0              # measure with only so many training images; 0: all
     test_images: int = 0               # measure with only so many test images; 0: all
 
-
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #c37f6f74
 def run_scoreboard(
     config: ScoreboardConfig,
 ):
