@@ -9,8 +9,8 @@ __all__ = ['CORRUPTIONS', 'SCALING', 'BARS', 'FINETUNED', 'MASKED', 'fit_probe',
            'corrupt', 'read_corrupted', 'corrupted', 'confidence_bins', 'calibration_error', 'draw_reliability',
            'logit', 'fit_line', 'on_line', 'effective_robustness', 'published_accuracies', 'save_probe', 'load_probe',
            'timm_classifier', 'torchvision_classifier', 'open_classifier', 'targets_for', 'score_logits',
-           'RobustnessConfig', 'corruption_names', 'robustness_settings', 'corrupted_hits', 'score_robustness',
-           'run_robustness']
+           'RobustnessConfig', 'corruption_names', 'robustness_settings', 'corrupted_hits', 'present_classes',
+           'score_robustness', 'run_robustness']
 
 # %% ../../nbs/evaluate/56_robustness.ipynb #1ba2d4f9
 import copy
@@ -477,7 +477,18 @@ def corrupted_hits(
             hits.append(np.load(path))
     return np.stack(hits).reshape(-1, 5, len(hits[0]))
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #f694dc9c
+# %% ../../nbs/evaluate/56_robustness.ipynb #baae7045
+def present_classes(
+    task: str,       # slug of TASKS
+    root,            # folder that holds the data sets
+    n_outputs: int,  # of the classifier
+) -> torch.Tensor | None:
+    "Return the classes that may be answered: those of the whole test set for a task of MASKED, else None, which means all."
+    if task not in MASKED: return None
+    targets = targets_for(open_task(task, root, "test"), n_outputs)
+    return torch.nonzero((targets == 1).any(0))[:, 0] if targets.ndim == 2 else targets.unique()
+
+
 def score_robustness(
     model: nn.Module,          # the classifier
     config: RobustnessConfig,
@@ -487,11 +498,8 @@ def score_robustness(
     "Test a classifier; return the `Result` and the logits of the images as they are, float32 `[N, C]`."
     start, row, data = time.perf_counter(), task_row(config.task), open_task(config.task, config.root, "test", n=config.test_images)
     logits = extract_features(model, data, size=config.image_size, batch_size=config.extract_batch)
-    C, present = logits.shape[1], None
-    if config.task in MASKED:
-        whole = targets_for(open_task(config.task, config.root, "test"), C)
-        present = torch.nonzero((whole == 1).any(0))[:, 0] if whole.ndim == 2 else whole.unique()
-    targets = targets_for(data, C)
+    C = logits.shape[1]
+    targets, present = targets_for(data, C), present_classes(config.task, config.root, C)
     hits, confidence, kept = score_logits(logits, targets, present)
     details = {"calibration_error": calibration_error(confidence, hits), "classes_present": C if present is None else len(present), "left_out": len(data) - len(kept)}
     values = hits.double().numpy()
