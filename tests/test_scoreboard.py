@@ -1,0 +1,163 @@
+"The scoreboard: what was measured, what is printed elsewhere and what is missing never change places."
+import dataclasses
+import json
+import random
+
+import pandas as pd
+import pytest
+
+from seer_nb.evaluate import scoreboard, tasks
+from seer_nb.evaluate.tasks import Result, append_result, published_rows
+
+MEASURED = ("here", "std", "low", "high", "seeds", "n")
+
+
+def a_result(**changes):
+    base = dict(task="toy_scenes", model="m", protocol="knn", settings={"k": 20, "weights": "a"}, metric="top-1", value=0.5, ci_low=0.4, ci_high=0.6, n=100,
+                seconds=1.0, chance=0.1, paper=None, paper_source="", seed=0)
+    return Result(**(base | changes))
+
+
+@pytest.fixture
+def real_rows(monkeypatch):
+    "Rows of three real tasks, whatever the table holds."
+    for slug, group, protocol in (("imagenet_r", "robustness", "robustness"), ("dtd", "natural", "linear, knn"), ("gtsrb", "small", "linear, knn")):
+        row = dataclasses.replace(tasks.ROWS["toy_scenes"], slug=slug, group=group, protocol=protocol)
+        monkeypatch.setitem(tasks.ROWS, slug, row)
+
+
+# ── measured and published numbers ───────────────────────────────────────────────────────────────────────────────────────────
+
+def test_published_numbers_cannot_appear_in_a_measured_column():
+    "Every published number is replaced by one that occurs nowhere else, and looked for where it must not be."
+    rng = random.Random(0)
+    results = [a_result(task=task, value=(v := rng.randrange(100, 900) / 1000), ci_low=v - 0.05, ci_high=v + 0.05, seed=s, settings={"k": k, "weights": "w"},
+                        paper=0.7654321, paper_source="a table")
+               for task in ("toy_scenes", "imagenet_r", "dtd") for k in (20, 200) for s in (0, 1)]
+    table, without = scoreboard.score_table(results), scoreboard.score_table([dataclasses.replace(r, paper=None, paper_source="") for r in results])
+    pd.testing.assert_frame_equal(table[[*MEASURED]], without[[*MEASURED]])          # the paper's number touches nothing measured
+    assert not any(abs(table[column] - 76.54321).min() < 1e-6 for column in MEASURED) and table.paper.tolist() == [pytest.approx(76.54321)] * 6
+    shown = scoreboard.readable(table)
+    assert not shown["here, %"].str.contains("76.5").any() and shown["paper, %"].tolist() == ["76.5 [a table]"] * 6
+
+
+def test_only_results_become_measured_rows():
+    printed = scoreboard.published_table()
+    assert not set(MEASURED) & set(printed.columns)
+    for intruder in (published_rows()[0], printed.iloc[0], dataclasses.asdict(a_result())):
+        with pytest.raises(TypeError, match="only what was measured"): scoreboard.score_table([a_result(), intruder])
+
+
+def test_rows_of_the_published_file_are_no_results(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(published_rows()[0]) + "\n")
+    with pytest.raises(ValueError, match="not a file of results"): scoreboard.collect_results(str(path))
+
+
+def test_cells_keep_the_two_kinds_in_columns_of_their_own(real_rows):
+    "In the figure, no column holds a filled and an outlined cell, and each number stands in a cell of its kind."
+    table = scoreboard.score_table([a_result(task="imagenet_r", protocol="robustness", settings={}, value=0.123), a_result(task="dtd", value=0.321)])
+    ax, = scoreboard.draw_cells(table, scoreboard.published_table()).axes
+    filled, outlined = ([(p.get_x() + 0.45, p.get_y() + 0.45) for p in ax.patches if p.get_fill() is fill] for fill in (True, False))
+    assert filled and outlined and max(x for x, _ in filled) < min(x for x, _ in outlined) - 1
+    near = lambda text, cells: any(abs(text.get_position()[0] - x) + abs(text.get_position()[1] - y) < 1e-6 for x, y in cells)
+    numbers = [t for t in ax.texts if t.get_text() not in ("·", "")]
+    assert {t.get_text() for t in numbers if near(t, filled)} == {"12.3", "32.1"}
+    assert all(near(t, filled) != near(t, outlined) for t in numbers) and "56.1" in {t.get_text() for t in numbers if near(t, outlined)}
+
+
+def test_several_settings_of_a_protocol_show_their_range():
+    table = scoreboard.score_table([a_result(value=0.2), a_result(value=0.4, settings={"k": 200}), a_result(protocol="linear", settings={}, value=0.6),
+                                    a_result(protocol="linear_sgd", settings={}, value=0.3)])
+    ax, = scoreboard.draw_cells(table, scoreboard.published_table(), tasks=["toy_scenes"]).axes
+    assert {t.get_text() for t in ax.texts} - {"·"} == {"20–40", "30–60"}
+
+
+# ── published numbers in one direction ───────────────────────────────────────────────────────────────────────────────────────
+
+def test_errors_are_turned_and_say_so():
+    printed = scoreboard.published_table()
+    errors = printed[printed.printed.str.contains("error")]
+    assert set(errors.task) == {"imagenet_r", "svhn", "mnist"}
+    for row in errors.itertuples(): assert row.paper == pytest.approx(100 - float(row.printed.split()[0]))
+    others = printed[~printed.printed.str.contains("error") & (printed.task != "hateful_memes")]
+    assert all(row.paper == pytest.approx(float(row.printed.split()[0])) for row in others.itertuples())
+    mnist = printed[printed.task == "mnist"]
+    assert mnist.paper.nunique() == 1 and len(mnist) == 2         # the accuracy and the error that the source prints agree
+
+
+def test_differences_bounds_and_other_quantities_are_left_out():
+    printed = scoreboard.published_table()
+    assert not printed.printed.str.contains("delta|relative|within|about|=").any()
+    assert not printed.model.str.contains("minus").any()
+    assert printed.task.isin(tasks.BENCHMARKS).all()
+
+
+def test_the_more_exact_source_wins():
+    cells = scoreboard.seer_cells(scoreboard.published_table()).set_index(["task", "protocol", "size"])
+    assert not cells.index.duplicated().any()
+    assert cells.paper["imagenet_a", "robustness", "10B"] == 52.7          # table 52.7, figure 52.0
+    assert cells.paper["imagenet_sketch", "robustness", "128GF"] == 40.3   # figure 40.3, rounded bar 44
+    assert cells.paper["imagenet1k", "finetune", "256GF"] == 85.2          # table 85.2, figures 85.1
+    assert cells.precision["imagenet_sketch", "robustness", "128GF"] == "digitised"
+
+
+@pytest.mark.parametrize("model, network", [("SEER IG-1B RG-128GF", "regnety_128gf"), ("SEER RegNet10B", "regnety_10b"), ("SEER 700M (128GF)", "regnety_128gf"), ("RegNetY-1.6GF", "regnety_1_6gf"),
+                                            ("random:regnety_3_2gf", "regnety_3_2gf"), ("seer:runs/regnety_400mf/backbone.safetensors", "regnety_400mf"), ("DINO DeiT-B/16", ""),
+                                            ("SimCLR-v2 ResNet152-w3+SK", ""), ("SwAV IN1K 691M (RG-128GF)", "regnety_128gf"), ("SEERv2 RG-10B", "regnety_10b"), ("resnet50", "")])
+def test_networks_are_read_from_names(model, network): assert scoreboard.network_in(model) == network
+
+
+# ── what is missing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_coverage_names_every_planned_cell_once(real_rows):
+    table = scoreboard.score_table([a_result(task="dtd", protocol="linear_sgd", settings={}), a_result(task="imagenet_r", protocol="robustness", settings={}), a_result(task="unknown")])
+    state = scoreboard.coverage(table, scoreboard.published_table()).set_index(["task", "protocol"])
+    assert not state.index.duplicated().any()
+    expected = {("dtd", "linear"): "measured and published", ("imagenet_r", "robustness"): "measured and published", ("unknown", "knn"): "measured here",
+                ("dtd", "knn"): "missing", ("gtsrb", "knn"): "missing", ("gtsrb", "linear"): "missing", ("svhn", "linear"): "published"}
+    assert {key: state.state[key] for key in expected} == expected
+    assert set(state.state) <= {"measured and published", "measured here", "published", "missing"}
+    assert {(slug, p) for slug, row in tasks.ROWS.items() for p in row.protocol.split(", ")} <= set(state.index)
+    nothing = scoreboard.coverage(scoreboard.score_table([]), scoreboard.published_table())
+    assert nothing.models_here.sum() == 0 and set(nothing.state) == {"published", "missing"}
+
+
+def test_groups(real_rows):
+    group = scoreboard.task_group
+    assert [group("dtd", "linear"), group("dtd", "corruption"), group("dtd", "lowshot"), group("toy_scenes", "lowshot"), group("nothing", "linear")] == \
+        ["natural", "robustness", "few labels", "toy", "other"]
+
+
+# ── results of other protocols ───────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_protocols_with_their_metrics_and_a_chance_that_nobody_knows():
+    results = [a_result(protocol="lowshot", settings={"k": k}, metric="mAP", task="dtd") for k in (1, 96)]
+    results += [a_result(protocol="finetune", settings={"epochs": 3}), a_result(protocol="robustness", settings={}), a_result(protocol="detection", metric="box AP", settings={}, chance=None)]
+    table = scoreboard.score_table(results)
+    assert table.protocol.tolist() == ["lowshot k=1", "lowshot k=96", "finetune", "robustness", "detection"]
+    assert table.metric.tolist() == ["mAP", "mAP", "top-1", "top-1", "box AP"] and scoreboard.readable(table)["chance, %"].tolist().count("–") == 1
+    scoreboard.draw_scaling(table, scoreboard.published_table(), ["toy_scenes", "dtd"])
+
+
+def test_no_results_are_an_error_and_leave_no_folder(tmp_path):
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no results"):
+        scoreboard.run_scoreboard(scoreboard.ScoreboardConfig(run_dir=str(tmp_path / "out"), results=f"{tmp_path}/*.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_exports_all_formats(tmp_path):
+    for seed, model in enumerate(("<b>m</b>|x", "plain")): append_result(tmp_path / "in" / "results.jsonl", a_result(model=model, seed=seed))
+    table = scoreboard.run_scoreboard(scoreboard.ScoreboardConfig(run_dir=str(tmp_path / "out"), results=f"{tmp_path}/in/*.jsonl"))
+    read = pd.read_csv(tmp_path / "out" / "scoreboard.csv")
+    assert read.model.tolist() == table.model.tolist() and read.here.tolist() == table.here.tolist()
+    text = (tmp_path / "out" / "scoreboard.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) == 2 + 2 and len({line.replace("\\|", "").count("|") for line in lines}) == 1 and "&lt;b>m" in text
+    page = (tmp_path / "out" / "scoreboard.html").read_text()
+    assert "<b>m" not in page and "&lt;b&gt;m" in page
+    measured, published, missing = page.split("<table")[1:]
+    assert measured.count("<tr") == 1 + 2 and "here, %" in measured and "here, %" not in published + missing and "43.9 top-1 error %" in published
+    state = pd.read_csv(tmp_path / "out" / "coverage.csv")
+    assert state[(state.task == "toy_scenes") & (state.protocol == "knn")].state.tolist() == ["measured here"]
