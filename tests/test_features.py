@@ -293,3 +293,17 @@ def test_run_streamed(tmp_path, model):
     config = feat.FeaturesConfig(model=f"seer:{save_backbone(model, tmp_path / 'b.safetensors')}", task="toy_count", taps="res4:1x1 avgpool", train_images=9, test_images=5, device="cpu")
     stores = [feat.run_features(dataclasses.replace(config, run_dir=str(tmp_path / f"{stream}"), stream=stream)) for stream in (False, True)]
     for tap in ("res4:1x1", "avgpool"): torch.testing.assert_close(stores[0].features("train", tap), stores[1].features("train", tap))
+
+
+def test_a_size_follows_the_rule_of_the_task():
+    "MNIST is padded before it grows, CLEVR is warped, a photograph loses its margin; images of no task are cut in the model's own proportion."
+    digit, scene, photo = (torch.zeros(3, *sides, dtype=torch.uint8) for sides in ((28, 28), (40, 60), (40, 60)))
+    digit += 255
+    model, asked = Preprocess(40, 32), {}
+    for slug, image in (("mnist", digit), ("clevr_count", scene), ("food101", photo), ("mine", photo)):
+        data = TaskData(slug, "test", "a", torch.zeros(1), [image].__getitem__)
+        asked[slug] = feat.sized(model, 64, data.slug)
+        assert feat.view_image(image, "center", asked[slug]).shape == (3, 64, 64)
+    padded = feat.view_image(digit, "center", asked["mnist"])
+    assert torch.equal(padded, asked["mnist"].resize_crop(digit)) and padded[0, 0, 0] == 0 and padded[0, 32, 32] == 255
+    assert asked["clevr_count"].warp and asked["food101"].size == round(64 * 256 / 224) and asked["mine"].size == 80

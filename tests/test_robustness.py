@@ -199,8 +199,8 @@ def test_corrupted_tasks_depend_on_image_seed_and_severity_alone():
     assert torch.equal(robustness.corrupted(data, "gaussian_noise", 2)[1][0], second) and torch.equal(view[1][0], second)
     others = [view[0][0], robustness.corrupted(data, "gaussian_noise", 2, seed=1)[1][0], robustness.corrupted(data, "gaussian_noise", 3)[1][0]]
     assert not any(torch.equal(second, o) for o in others) and torch.equal(data[1][0], images[1])
-    cut = robustness.corrupted(data, "gaussian_noise", 2, prepare=lambda image: image[:, :8, :8])
-    assert cut[1][0].shape == (3, 8, 8)
+    cut = robustness.corrupted(robustness.cut_as_trained(data, robustness.Preprocess(16, 8), 4), "gaussian_noise", 2)
+    assert cut[1][0].shape == (3, 4, 4)
 
 
 # ── effective robustness ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ __all__ = ['PLACES', 'eval_mode', 'read_tap', 'tapped_module', 'pooled', 'tap_fe
            'data_fingerprint', 'make_plan', 'Store', 'open_store', 'rows_done', 'extract', 'FeaturesConfig',
            'open_backbone', 'run_features']
 
-# %% ../../nbs/evaluate/51_features.ipynb #cc2a7af6
+# %% ../../nbs/evaluate/51_features.ipynb #ed275217
 import contextlib
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ from torch import nn
 from ..checkpoints import lock_folder, unlock
 from ..core import MetricLog, RunDir, did_you_mean, make_config, progress, write_atomic
 from ..distributed import gather_json, rank, setup, world_size
-from .tasks import TaskData, open_model, open_task, task_row, weights_hash
+from .tasks import ROWS, TaskData, eval_transform, open_model, open_task, task_row, weights_hash
 from ..streaming import StreamedBackbone
 from ..weights import Preprocess
 
@@ -110,7 +110,7 @@ def tap_features(
     if (x := found.get("avgpool")) is not None and x.shape[2:] != (1, 1): raise ValueError(f"a backbone must return [B, D], this one returned {list(x.shape)}")
     return {tap: found[tap] for tap in grids}
 
-# %% ../../nbs/evaluate/51_features.ipynb #88d0dfee
+# %% ../../nbs/evaluate/51_features.ipynb #7af34c31
 PLACES = {"center": (0.5, 0.5), "topleft": (0, 0), "topright": (0, 1), "bottomleft": (1, 0), "bottomright": (1, 1)}
 
 
@@ -135,14 +135,15 @@ def view_image(
     if preprocess is not None:
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as tvf
-        size, crop = size or preprocess.size, preprocess.crop
+        size, crop, pad = size or preprocess.size, preprocess.crop, getattr(preprocess, "pad", 0)
+        if pad: image = nn.functional.pad(image, [pad] * 4)
         if size < crop: raise ValueError(f"the view {view!r} is smaller than the crop of {crop} pixels")
         image = tvf.resize(image, [size, size] if preprocess.warp else [size], InterpolationMode(preprocess.interpolation), antialias=True)
         top, left = (round((length - crop) * part) for length, part in zip(image.shape[1:], PLACES[place]))
         image = image[:, top:top + crop, left:left + crop]
     return image.flip(2) if flip else image
 
-# %% ../../nbs/evaluate/51_features.ipynb #b9a254a1
+# %% ../../nbs/evaluate/51_features.ipynb #df0b6f1f
 def image_name(
     images,  # a TaskData, or any sequence
     i: int,
@@ -177,10 +178,13 @@ class _Batches(torch.utils.data.Dataset):
 
 def sized(
     preprocess: Preprocess,
-    size: int,  # pixels after the crop; 0: images as they are
+    size: int,      # pixels after the crop; 0: images as they are
+    task: str = "",  # a slug of TASKS says how its images become squares
 ) -> Preprocess | None:
-    "Return a preprocess for another crop, in the proportion of the old one; None for size 0."
-    return dataclasses.replace(preprocess, size=round(size * preprocess.size / preprocess.crop), crop=size) if size else None
+    "Return what is done to test images for another crop: as the task asks, or without one in the proportion of the old crop; None for size 0."
+    if not size: return None
+    if task in ROWS: return eval_transform(task, preprocess, size)
+    return dataclasses.replace(preprocess, size=round(size * preprocess.size / preprocess.crop), crop=size)
 
 
 def feature_batches(
@@ -202,7 +206,7 @@ def feature_batches(
     """
     parameter, preprocess = next(model.parameters(), torch.zeros(0)), getattr(model, "preprocess", Preprocess())
     starts = range(0, len(images), batch_size) if starts is None else starts
-    batches = _Batches(images, starts, batch_size, views, sized(preprocess, size))
+    batches = _Batches(images, starts, batch_size, views, sized(preprocess, size, getattr(images, "slug", "")))
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=parameter.is_cuda, timeout=600 if workers else 0)
     for start, batch in progress(loader, len(batches), desc) if desc else loader:
         total = {}

@@ -714,7 +714,7 @@ def linear_result(config, settings, scores, labels, seconds, details):
     measured = measure(task_row(config.task).metric, scores, labels, seed=config.seed)
     return make_record(config.task, config, protocol, settings, measured, len(labels), seconds, **details)
 
-# %% ../../nbs/evaluate/52_linear.ipynb #cf545a83
+# %% ../../nbs/evaluate/52_linear.ipynb #0d556f64
 def run_linear(
     config: LinearConfig,
 ) -> Result:
@@ -750,7 +750,6 @@ def prepare_probe(
 ) -> tuple:
     "Read the images once; return probe(config) -> (scores, details), and the labels of the test images."
     sizes = dict(size=config.image_size, batch_size=config.extract_batch)
-    if config.image_size: model.preprocess = eval_transform(config.task, model.preprocess, config.image_size)
     if config.solver == "lbfgs":
         features = task_features(model, config.task, config.root, n_train=config.train_images, n_test=config.test_images, **sizes)
         return functools.partial(score_lbfgs, features), features.test_labels

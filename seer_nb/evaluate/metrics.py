@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'top_k_hits', 'top_k_accuracy', 'mean_per_class_accuracy', 'macro_f1', 'roc_auc', 'checked_targets',
-           'average_precision', 'mean_average_precision', 'calibration_bins', 'expected_calibration_error',
-           'bootstrap_interval', 'resampled_counts', 'mean_interval', 'chunk_sizes', 'paired_interval',
-           'mean_per_class_interval', 'measure']
+           'average_precision', 'mean_average_precision', 'confidence_bins', 'calibration_error', 'bootstrap_interval',
+           'resampled_counts', 'mean_interval', 'chunk_sizes', 'paired_interval', 'mean_per_class_interval', 'measure']
 
 # %% ../../nbs/evaluate/47_metrics.ipynb #045a6932
 import numpy as np
@@ -88,14 +87,14 @@ def checked_targets(
     if np.isnan(scores).any(): raise ValueError("some scores are not a number")
     return scores[targets >= 0], targets[targets >= 0]
 
-# %% ../../nbs/evaluate/47_metrics.ipynb #92b29431
+# %% ../../nbs/evaluate/47_metrics.ipynb #f3460f56
 def average_precision(
     scores,   # [N], higher: more likely positive
     targets,  # [N] of 1 and 0; -1: left out
 ) -> float:
     """Return the mean, over the positive samples, of the precision at their place in the ranking; samples of equal score share a place.
 
-    This is the area under the stepwise precision-recall curve, not interpolated. Raises `ValueError` without positives.
+    This is the area under the stepwise precision-recall curve; `lowshot.average_precision` has the interpolated forms of VOC. Raises `ValueError` without positives.
     """
     scores, targets = checked_targets(np.asarray(scores, np.float64), np.asarray(targets))
     if not (targets == 1).any(): raise ValueError("average precision needs at least one positive sample")
@@ -117,29 +116,28 @@ def mean_average_precision(
     if not len(known): raise ValueError("no class has a positive sample")
     return float(np.mean([average_precision(scores[:, c], targets[:, c]) for c in known]))
 
-# %% ../../nbs/evaluate/47_metrics.ipynb #0fc9532f
-def calibration_bins(
-    probabilities,     # [N, C], rows sum to 1
-    labels,            # [N] integers
+# %% ../../nbs/evaluate/47_metrics.ipynb #77072d26
+def confidence_bins(
+    confidence,        # [N] in 0..1
+    hits,              # [N] bool: was the answer right?
     n_bins: int = 15,  # of equal width
 ) -> tuple:
-    "Return per bin of confidence: mean confidence, accuracy (NaN for an empty bin), and share of the samples; each `[n_bins]`."
-    probabilities = torch.as_tensor(probabilities).double()
-    if (probabilities.sum(1) - 1).abs().max() > 1e-3: raise ValueError("probabilities must sum to 1 in each row: apply softmax to scores first")
-    sure, hits = probabilities.max(1).values, top_k_hits(probabilities, labels).double()
-    bins = (sure * n_bins).ceil().long().clamp(1, n_bins) - 1            # (0, 1/n], (1/n, 2/n], …
-    n = bins.bincount(minlength=n_bins)
-    return bins.bincount(sure, n_bins) / n, bins.bincount(hits, n_bins) / n, n / len(bins)
+    "Return the mean confidence, the accuracy and the share of the samples of each bin, float64 `[n_bins]` each; 0, 0, 0 for an empty bin."
+    confidence, hits = np.asarray(confidence, np.float64), np.asarray(hits, np.float64)
+    if not ((confidence >= 0) & (confidence <= 1)).all(): raise ValueError("a confidence lies between 0 and 1: apply softmax to scores first")
+    index = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    count, total = np.bincount(index, minlength=n_bins), [np.bincount(index, w, minlength=n_bins) for w in (confidence, hits)]
+    return *(t / np.maximum(count, 1) for t in total), count / len(confidence)
 
 
-def expected_calibration_error(
-    probabilities,     # [N, C], rows sum to 1
-    labels,            # [N] integers
+def calibration_error(
+    confidence,        # [N] in 0..1
+    hits,              # [N] bool
     n_bins: int = 15,  # of equal width
 ) -> float:
-    "Return the mean gap between the confidence of the top guess and its accuracy, over bins of confidence (Guo et al., 2017)."
-    confidence, accuracy, share = calibration_bins(probabilities, labels, n_bins)
-    return ((confidence - accuracy).abs() * share).nansum().item()
+    "Return the expected calibration error: the mean gap between confidence and accuracy over the bins, weighted by their samples (Guo et al., 2017)."
+    mean, accuracy, share = confidence_bins(confidence, hits, n_bins)
+    return float((share * np.abs(mean - accuracy)).sum())
 
 # %% ../../nbs/evaluate/47_metrics.ipynb #efd61850
 def bootstrap_interval(
