@@ -102,7 +102,7 @@ def write_atomic(
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/01_core.ipynb #20b8d58f
+# %% ../nbs/01_core.ipynb #83c02f87
 class MetricLog:
     "An append-only JSON-lines file of metrics that survives a kill."
 
@@ -110,11 +110,7 @@ class MetricLog:
         self,
         path,  # file to append to; made with its folder at the first row
     ):
-        self.path = Path(path)
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if whole != data: write_atomic(self.path, whole)
+        self.path, self.whole = Path(path), False
 
     def log(
         self,
@@ -123,12 +119,17 @@ class MetricLog:
         "Append one row, in a single write."
         row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.whole and self.path.exists():
+            data = self.path.read_bytes()
+            if not data.endswith(b"\n") and data: write_atomic(self.path, data[: data.rfind(b"\n") + 1])
+        self.whole = True
         with open(self.path, "ab", buffering=0) as f: f.write(json.dumps(row).encode() + b"\n")
 
     def rows(self) -> list:
-        "Return every row as a dict, oldest first."
+        "Return every whole row as a dict, oldest first. Reading changes nothing."
         if not self.path.exists(): return []
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
+        data = self.path.read_bytes()
+        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].decode().split("\n") if line.strip()]
 
     def cut(
         self,
@@ -204,7 +205,7 @@ class RunDir:
         else: write_atomic(self.environment, environment_text())
         if not self.params.exists() or self.params.read_text() != text: write_atomic(self.params, text)
 
-# %% ../nbs/01_core.ipynb #7eff1d53
+# %% ../nbs/01_core.ipynb #fd145949
 def attempts(
     run_dir,  # folder of a run
 ) -> list:
@@ -222,14 +223,15 @@ def time_account(
 ) -> dict:
     """Say where the time of a run went, over all its attempts; empty if no launcher has kept a record.
 
-    `goodput` is the share of `hours` between rows of metrics.jsonl that count; `steps_again` were lost with an interruption, as far as metrics.jsonl had seen them.
+    `goodput` is the share of `hours` between rows of metrics.jsonl that count, from the start of the loader on; `steps_again` were lost with an interruption, as far as metrics.jsonl had seen them.
     """
-    tried, now = attempts(run_dir), time.time()
+    tried = [{"gpus": 0, "first_step": 0, "last_step": 0, "end": time.time(), **a} for a in attempts(run_dir) if "begin" in a]
     if not tried: return {}
-    hours, follow = [(a.get("end", now) - a["begin"]) / 3600 for a in tried], list(zip(tried, tried[1:]))
-    counted = sum(row.get("seconds", 0) for row in MetricLog(RunDir(run_dir).metrics).rows()) / 3600
+    hours, follow = [max(0.0, a["end"] - a["begin"]) / 3600 for a in tried], list(zip(tried, tried[1:]))
+    rows = [row for row in MetricLog(RunDir(run_dir).metrics).rows() if row.get("step", 0) > tried[0]["first_step"]]
     return {"attempts": len(tried), "hours": sum(hours), "gpu_hours": sum(h * a["gpus"] for h, a in zip(hours, tried)),
-            "hours_between": sum(b["begin"] - a["end"] for a, b in follow) / 3600, "goodput": counted / sum(hours),
+            "hours_between": sum(max(0.0, b["begin"] - a["end"]) for a, b in follow) / 3600,
+            "goodput": sum(row.get("seconds", 0) for row in rows) / 3600 / max(sum(hours), 1e-9),
             "steps_again": sum(max(0, a["last_step"] - b["first_step"]) for a, b in follow)}
 
 # %% ../nbs/01_core.ipynb #36d082c3

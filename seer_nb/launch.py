@@ -219,15 +219,16 @@ def _execute(notebook, run, params, show):
             _apart(asyncio.run, km.shutdown_kernel(now=True))
             if report.exists() and not rank: write_html(report)
 
-# %% ../nbs/43_launch.ipynb #113a99a9
+# %% ../nbs/43_launch.ipynb #67ed46e0
 @contextlib.contextmanager
 def _recorded(run, job="here"):
     "Record an attempt of a run, if this is rank 0: when it begins, and how it ends."
     import torch
-    place, log, tried = find_place(), MetricLog(run.path / "attempts.jsonl"), attempts(run.path)
+    place = find_place()
     if place.rank:
         yield
         return
+    log, tried = MetricLog(run.path / "attempts.jsonl"), attempts(run.path)
     if tried and "end" not in tried[-1]:
         alive = [f.stat().st_mtime for f in (log.path, run.metrics, run.path / "report.ipynb") if f.exists()]
         log.log(attempt=len(tried), end=max(alive), last_step=_last_step(run), outcome="lost", reason="its end was not recorded")
@@ -239,7 +240,9 @@ def _recorded(run, job="here"):
         outcome = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
         reason = str(error) if isinstance(error, Stopped) else f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
         raise
-    finally: log.log(attempt=number, end=time.time(), last_step=_last_step(run), outcome=outcome, reason=reason)
+    finally:
+        try: log.log(attempt=number, end=time.time(), last_step=_last_step(run), outcome=outcome, reason=reason)
+        except (OSError, ValueError, TypeError) as error: print(f"the end of this attempt is not recorded: {error}", file=sys.stderr)   # a full disk; it hides nothing else
 
 
 def _last_step(run):
@@ -273,16 +276,17 @@ def write_html(
     page.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding="utf-8")
     return page
 
-# %% ../nbs/43_launch.ipynb #3b397d8e
+# %% ../nbs/43_launch.ipynb #13302561
 def results_table(
-    path,  # a results.jsonl
+    *paths,  # of results.jsonl files
 ) -> str:
-    "Return the rows of a result file as a text table: one line per task, protocol and metric, one column per model."
+    "Return the rows of result files as a text table: one line per task, protocol and metric, one column per model; with the folder if two files tell of the same."
     import pandas as pd
-    rows = MetricLog(path).rows()
+    rows = [{"run": Path(path).parent.name, **row} for path in paths for row in MetricLog(path).rows()]
     if not rows: return "no results"
     data = pd.DataFrame(rows)
     index = [c for c in ("task", "protocol", "metric") if c in data]
+    if data[[*index, "model", "run"]].drop_duplicates().duplicated([*index, "model"]).any(): index.insert(0, "run")
     table = data.pivot_table(index=index, columns="model", values="value", aggfunc="last", sort=False)
     return table.reset_index().rename_axis(columns=None).to_string(index=False, float_format="{:.3f}".format, na_rep="-")
 
@@ -386,7 +390,7 @@ def _others(run, ranks, patience=30):
     while not all(f.exists() for f in files) and time.monotonic() < end: time.sleep(0.1)
     return [json.loads(f.read_text()) for f in files if f.exists()]
 
-# %% ../nbs/43_launch.ipynb #48801df5
+# %% ../nbs/43_launch.ipynb #62c798b2
 class NotebookJob:
     "One rank of a job: call it on the cluster."
 
@@ -405,7 +409,7 @@ class NotebookJob:
     def _may_return(self, environment, heard):
         if heard == {signal.SIGTERM}: return False
         limit = json.loads((Path(self.run_dir) / "job.json").read_text())["resources"]["requeues"]
-        if sum(attempt["job"] == environment.job_id for attempt in attempts(self.run_dir)) > limit: return False
+        if sum(attempt.get("job") == environment.job_id for attempt in attempts(self.run_dir)) > limit: return False
         with contextlib.suppress(ConnectionError): return environment.cluster != "slurm" or _squeue(environment.job_id) == "running"
         return True
 
@@ -491,7 +495,7 @@ def find_job(
     told = json.loads(file.read_text()) if file.exists() else {}
     return Job(Path(run_dir).absolute(), told["cluster"], told["id"], Path(told["logs"])) if told.get("id") else None
 
-# %% ../nbs/43_launch.ipynb #47f973aa
+# %% ../nbs/43_launch.ipynb #c733fcd0
 def submit(
     notebook,             # path of a notebook with a parameter run_dir
     params: dict = {},    # name -> value
@@ -510,7 +514,8 @@ def submit(
     _snapshot(run, notebook, config, r, cluster, logs)
     if cluster == "debug":
         _keep_id(run, "here")
-        run_attempt(run.path)
+        heard = run_attempt(run.path)[1]
+        if heard: raise Stopped("told to stop", heard)
         return find_job(run.path)
     try: number = _executor(logs, r, cluster, name, getattr(config, "workers", 0)).submit(_importable("NotebookJob")(run.path)).job_id
     except RuntimeError as error: raise ValueError(f"{cluster} refused the job: {error}") from None
@@ -563,7 +568,7 @@ def _executor(logs, resources, cluster, name, workers):
                                    stderr_to_stdout=True)
     return executor
 
-# %% ../nbs/43_launch.ipynb #e33ac0ef
+# %% ../nbs/43_launch.ipynb #2f748b4d
 def submit_suite(
     notebook,              # path of a notebook with a parameter run_dir
     runs: dict,            # name -> parameters of a run
@@ -577,7 +582,8 @@ def submit_suite(
     if cluster == "auto": cluster = "slurm" if shutil.which("sbatch") else "debug"
     if cluster not in ("slurm", "debug") or cluster == "slurm" and not shutil.which("sbatch"): raise ValueError("a suite needs Slurm (there is no sbatch), or cluster='debug'")
     for name in runs:
-        if not re.fullmatch(r"\w[\w.-]*", name): raise ValueError(f"the name of a run names its folder: letters, digits, '.', '_' and '-', got {name!r}")
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("job", "results.jsonl"):
+            raise ValueError(f"the name of a run names its folder: letters, digits, '.', '_' and '-', not job or results.jsonl, got {name!r}")
     runs = {name: {**params, "run_dir": str(folder / name)} for name, params in runs.items()}
     ready = [_prepare(notebook, params, r) for params in runs.values()]
     if cluster == "debug": return {name: submit(notebook, params, resources, cluster) for name, params in runs.items()}
@@ -585,7 +591,9 @@ def submit_suite(
     for run, config in ready: _snapshot(run, notebook, config, r, cluster, folder / "job")
     executor = _executor(folder / "job", r, cluster, notebook_name(notebook), max(getattr(config, "workers", 0) for _, config in ready))
     executor.update_parameters(array_parallelism=at_once)
-    with executor.batch(): jobs = [executor.submit(_importable("NotebookJob")(run.path)) for run, _ in ready]
+    try:
+        with executor.batch(): jobs = [executor.submit(_importable("NotebookJob")(run.path)) for run, _ in ready]
+    except RuntimeError as error: raise ValueError(f"slurm refused the array: {error}") from None
     for (run, _), job in zip(ready, jobs): _keep_id(run, job.job_id)
     return {name: find_job(folder / name) for name in runs}
 
@@ -595,19 +603,20 @@ def collect_results(
 ) -> dict:   # name of a run that is not done -> its state and the reason
     "Write the results of all runs of a suite to its own `results.jsonl`. Raises `FileNotFoundError` if the folder holds no runs."
     if not list(Path(folder).glob("*/job.json")): raise FileNotFoundError(f"{folder} holds no runs that were submitted: give the folder of a suite")
-    jobs = {file.parent.name: find_job(file.parent) for file in sorted(Path(folder).glob("*/job.json"))}
-    rows = [row for job in jobs.values() for row in MetricLog(job.run_dir / "results.jsonl").rows()]
+    runs = sorted(file.parent for file in Path(folder).glob("*/job.json"))
+    rows = [row for run in runs for row in MetricLog(run / "results.jsonl").rows()]
     write_atomic(Path(folder) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return {name: f"{job.state}: {(attempts(job.run_dir) or [{}])[-1].get('reason', '')}" for name, job in jobs.items() if job.state != "done"}
+    states = {run.name: job.state if (job := find_job(run)) else "not sent" for run in runs}
+    return {run.name: f"{states[run.name]}: {(attempts(run) or [{}])[-1].get('reason', '')}" for run in runs if states[run.name] != "done"}
 
-# %% ../nbs/43_launch.ipynb #042b7dd3
+# %% ../nbs/43_launch.ipynb #209d7138
 def _parser():
     "Return the command line: an option for each of `Resources`, explained by its comment."
     parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__, epilog="instead of a notebook: suite (a model on many tasks) and collect (their results); see suite --help")
     parser.add_argument("notebook")
     parser.add_argument("-f", "--file", default="", metavar="PRESET.yaml", help="parameters of the run")
     parser.add_argument("-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one of them")
-    parser.add_argument("--array", nargs=2, metavar=("NAME", "V,V,…"), help="a run for each value of a parameter, as one array; run_dir is the folder of them all")
+    parser.add_argument("--array", nargs=2, metavar=("NAME", "V,V,…"), help="a run for each value of a parameter; run_dir is the folder of them all; sent as one array, or run here one after the other")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="of an array: runs at the same time (default: 8)")
     group = parser.add_argument_group("a job on a cluster (without these the notebook runs here)")
     group.add_argument("--cluster", choices=("auto", "slurm", "local", "debug"), help="auto: slurm if it is there, else processes of this machine")
@@ -640,7 +649,7 @@ def _dry_run(notebook, params, resources, **array):
     if isinstance(config, PretrainConfig) and resources.gpus_per_node: print(memory_text(config, resources))
     check_run(notebook, params, resources.ranks)
 
-# %% ../nbs/43_launch.ipynb #850f5ebe
+# %% ../nbs/43_launch.ipynb #4701862e
 def array_runs(
     cls,          # a dataclass, such as `parameters_of` returns
     array,        # name of a parameter, and its values with commas between them
@@ -649,8 +658,9 @@ def array_runs(
 ) -> dict:        # name of a run -> its parameters
     "Return the runs of an array. Raises `ValueError` or `TypeError` for bad parameters, and for two values whose folders would have one name."
     name, values = array[0], array[1].split(",")
-    runs = {re.sub(r"[^\w.-]+", "_", value).strip("_.-"): read_params(cls, preset, [*overrides, (name, value)]) for value in values}
-    if len(runs) < len(values) or "" in runs: raise ValueError(f"--array {name}: {array[1]!r} does not give each run a folder of its own")
+    if name == "run_dir": raise ValueError("--array run_dir: each run gets a folder in run_dir anyway; name another parameter")
+    runs = {re.sub(r"[^\w.-]+|^-", "_", value).strip("."): read_params(cls, preset, [*overrides, (name, value)]) for value in values}
+    if len({run.lower() for run in runs}) < len(values) or "" in runs: raise ValueError(f"--array {name}: {array[1]!r} does not give each run a folder of its own")
     return runs
 
 
@@ -658,23 +668,30 @@ def _array(args, resources):
     "Send an array, or show what would be sent."
     runs = array_runs(parameters_of(args.notebook), args.array, args.file, args.param)
     folder = RunDir(next(iter(runs.values())).get("run_dir", ""), f"{notebook_name(args.notebook)}_suite").path
+    if args.at_once < 1: raise ValueError(f"--at-once must be at least 1, got {args.at_once}")
     if args.dry_run:
         for name, params in runs.items(): print(f"{folder / name}  {params}")
-        for params in runs.values(): check_run(args.notebook, params)
+        r, default = make_config(Resources, resources), parameters_of(args.notebook)()
+        widest = max(runs.values(), key=lambda params: params.get("workers", getattr(default, "workers", 0)))
         print()
-        return _dry_run(args.notebook, {"run_dir": str(folder)}, make_config(Resources, resources), map_count=len(runs), array_parallelism=args.at_once)
-    jobs = submit_suite(args.notebook, runs, folder, resources, args.at_once, args.cluster or "auto")
+        _dry_run(args.notebook, {**widest, "run_dir": str(folder)}, r, map_count=len(runs), array_parallelism=args.at_once)
+        for params in runs.values(): check_run(args.notebook, params, r.ranks)
+        return 0
+    jobs = submit_suite(args.notebook, runs, folder, resources, args.at_once, args.cluster or ("auto" if resources else "debug"))
     for name, job in jobs.items(): print(f"{name:24} {job.cluster} {job.id} {job.state}")
-    if any(job.queued for job in jobs.values()): print(f"afterwards: python -m seer_nb.launch collect {shlex.quote(str(folder))}")
-    else: _collect(folder)
+    if not any(job.queued for job in jobs.values()): return _collect(folder)
+    print(f"afterwards: python -m seer_nb.launch collect {shlex.quote(str(folder))}")
+    return 0
 
 
 def _collect(folder):
-    "Collect the results of a suite and print them."
-    for name, reason in collect_results(folder).items(): print(f"{name:24} {reason}")
-    print(f"\n{results_table(Path(folder) / 'results.jsonl')}\n\n{Path(folder) / 'results.jsonl'}")
+    "Collect the results of a suite and print them; return 1 if a run is not done."
+    unfinished = collect_results(folder)
+    for name, reason in unfinished.items(): print(f"{name:24} {reason}")
+    print(f"\n{results_table(*sorted(Path(folder).glob('*/results.jsonl')))}\n\n{Path(folder) / 'results.jsonl'}")
+    return int(bool(unfinished))
 
-# %% ../nbs/43_launch.ipynb #02bfce62
+# %% ../nbs/43_launch.ipynb #bec05407
 def _suite(words):
     "Return the words of `main` for a suite."
     parser = argparse.ArgumentParser(prog="python -m seer_nb.launch suite", description="Evaluate a model on many tasks, as one array. Every other option is that of a notebook.")
@@ -685,9 +702,11 @@ def _suite(words):
     args, rest = parser.parse_known_args(words)
     pages = list(Path("nbs/evaluate").glob(f"*_{re.sub(r'[^a-z]', '', args.protocol)}.ipynb"))
     if len(pages) != 1: raise ValueError(f"no page nbs/evaluate/*_{args.protocol}.ipynb below the current folder: start in the project's top folder")
+    if not {"-f", "--file"} & set(rest) and not all(task.startswith("toy_") for task in args.tasks.split(",")):
+        raise ValueError(f"the defaults of {pages[0]} are for toy tasks: give a preset, e.g. -f nbs/params/{args.protocol}/seer_128gf.yaml")
     return [str(pages[0]), "--array", "task", args.tasks, "-p", "model", args.model, "-p", "root", args.root, *rest]
 
-# %% ../nbs/43_launch.ipynb #91fc761b
+# %% ../nbs/43_launch.ipynb #0484cbcf
 def main(
     argv=None,  # list of words; None: those of the command line
 ) -> int:       # exit status: 0 done, 1 a cell failed, 2 wrong input, 75 told to stop (or a rank was lost), 130 interrupted
@@ -699,7 +718,7 @@ def main(
         return 2
     words = sys.argv[1:] if argv is None else argv
     try:
-        if words[:1] == ["collect"] and len(words) == 2: return _collect(words[1]) or 0
+        if words[:1] == ["collect"] and len(words) == 2: return _collect(words[1])
         args = _parser().parse_args(_suite(words[1:]) if words[:1] == ["suite"] else words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -708,7 +727,7 @@ def main(
     run = None
     try:
         if not Path(args.notebook).is_file(): raise ValueError(f"no notebook {args.notebook}")
-        if args.array: return _array(args, wanted) or 0
+        if args.array: return _array(args, wanted)
         params = read_params(parameters_of(args.notebook), args.file, args.param)
         if args.dry_run:
             _dry_run(args.notebook, params, make_config(Resources, wanted))
@@ -722,7 +741,7 @@ def main(
         print(f"\nerror: a cell failed: {error.ename}: {error.evalue}\nthe red cell in {run.path / 'report.html'} shows where", file=sys.stderr)
         return 1
     except Stopped as error:
-        print(f"\nstopped: {error}\nthe same command with run_dir {run.path} goes on", file=sys.stderr)
+        print(f"\nstopped: {error}" + (f"\nthe same command with run_dir {run.path} goes on" if run else ""), file=sys.stderr)
         return RANK_LOST
     except KeyboardInterrupt:
         print("\nstopped" + (f"; the same command with run_dir {run.path} goes on" if run else ""), file=sys.stderr)

@@ -386,14 +386,14 @@ class RunResult(NamedTuple):
 class Preempted(RuntimeError):
     "The run was told to stop before its end, and has saved its state; the same call goes on."
 
-# %% ../nbs/32_trainer.ipynb #0322dc20
+# %% ../nbs/32_trainer.ipynb #46d6a5a5
 def _continue(config, source, run, device, watchdog, manager, request):
     "Take a run from its newest checkpoint, or from its start, to its end or until it is told to stop, and return the step."
     training, since = build_training(config, device), dict(NO_STEPS)
     found = manager.load()
     if found:
         found.tensors.fill(pack(training))
-        training.step, since = found.step, found.numbers["since_row"]
+        training.step, since = found.step, found.numbers.get("since_row", since)
         training.scaler.load_state_dict(found.numbers["scaler"])
         if is_main(): print(f"continuing at step {training.step} of {config.steps}")
     record = _recorder(config, run, training.step) if is_main() else None

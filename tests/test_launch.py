@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from seer_nb import launch
+from seer_nb.core import time_account
 from seer_nb.launch import Resources, Stopped, attempts, find_job, run_notebook, sbatch_script, submit
 
 TOP = Path(__file__).resolve().parent.parent
@@ -267,6 +268,7 @@ def test_a_suite_is_an_array_of_tasks(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "--array=0-1%2" in out and "'task': 'toy_scenes'" in out and "#SBATCH --job-name=knn" in out
     assert launch.main(["suite", "--model", "m", "--tasks", "t", "--protocol", "knm"]) == 2 and "no page nbs/evaluate/*_knm.ipynb" in capsys.readouterr().err
+    assert launch.main(["suite", "--model", "m", "--tasks", "toy_digits,dtd"]) == 2 and "give a preset" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert launch.main(words) == 2 and "top folder" in capsys.readouterr().err
     assert launch.main(["collect", str(tmp_path)]) == 2 and "holds no runs" in capsys.readouterr().err
@@ -286,3 +288,20 @@ def test_an_attempt_whose_end_nobody_wrote_is_closed_by_the_next(tmp_path):
     run_notebook(notebook, {"run_dir": str(run)}, show=False)
     lost, done = attempts(run)
     assert (lost["outcome"], done["outcome"], done["reason"]) == ("lost", "done", "") and lost["begin"] <= lost["end"] <= done["begin"] <= done["end"]
+
+
+def test_runs_that_differ_in_a_setting_alone_have_lines_of_their_own(tmp_path, capsys):
+    notebook = write_notebook(tmp_path / "05_x.ipynb", "import json\n(here / 'results.jsonl').write_text(json.dumps({'task': 't', 'model': 'm', 'metric': 'top-1', 'value': seed / 10}) + '\\n')")
+    assert launch.main([str(notebook), "--array", "seed", "1,9", "-p", "run_dir", str(tmp_path / "sweep")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ *1 +t +top-1 +0\.100$", out, re.M) and re.search(r"^ *9 +t +top-1 +0\.900$", out, re.M)
+
+
+def test_a_record_that_is_not_whole_does_not_spoil_the_report(tmp_path):
+    "An older record without steps, an attempt still running, a torn line, clocks that disagree."
+    (tmp_path / "attempts.jsonl").write_text('{"attempt": 1, "job": "7", "ranks": 1, "begin": 100.0}\n{"attempt": 1, "end": 90.0, "outcome": "stopped", "reason": ""}\n'
+                                             '{"attempt": 2, "job": "7", "ranks": 1, "begin": 95.0}\n{"attempt": 2, "en')
+    before = (tmp_path / "attempts.jsonl").read_bytes()
+    account = time_account(tmp_path)
+    assert account["attempts"] == 2 and account["hours"] > 0 and account["hours_between"] == 5 / 3600 and account["gpu_hours"] == account["goodput"] == 0
+    assert (tmp_path / "attempts.jsonl").read_bytes() == before                    # reading repairs nothing: another process may be writing

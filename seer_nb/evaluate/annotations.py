@@ -389,14 +389,14 @@ def read_patch_camelyon(
     if labels.max(initial=0) > 1: raise ValueError(f"{y}: a label is neither 0 nor 1")
     return Listing(("no_tumor", "tumor"), labels.astype(np.int64), partial(patch, x), np.char.mod(f"{stem}_x.h5[%d]", np.arange(len(labels))))
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #f2a4c950
+# %% ../../nbs/evaluate/49_annotations.ipynb #d6cb9a95
 def class_folders(
     root,  # holds a folder per class
 ) -> dict:
     "Return the sorted names of the pictures in each class folder, by class name, sorted."
     with reading(root):
         found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-        pictures = {name: sorted(f for f in os.listdir(Path(root) / name) if f.lower().endswith(EXTENSIONS)) for name in found}
+        pictures = {name: sorted(f for f in os.listdir(Path(root) / name) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")) for name in found}
     if not pictures: raise FileNotFoundError(f"{Path(root) / 'CLASS'} is missing")
     return pictures
 

@@ -9,7 +9,7 @@ __all__ = ['AUGMENT', 'MAY_CHANGE', 'RECIPES', 'Head', 'Classifier', 'Augment', 
            'train_loader', 'swav_layer', 'open_classifier', 'recompute', 'place_model', 'score_images',
            'save_finetuned', 'load_finetuned', 'finetune_settings', 'run_finetune', 'recipe']
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #0a7fa980
+# %% ../../nbs/evaluate/55_finetune.ipynb #71db91b5
 import dataclasses
 import functools
 import io
@@ -29,8 +29,9 @@ from ..checkpoints import CheckpointManager, load_newest
 from ..containers import Entry
 from ..core import MetricLog, RunDir, make_config, progress, stateless_rng, write_atomic
 from ..distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_size
-from .linear import bootstrap_interval, check_config, top_k_hits
-from .tasks import Result, TaskData, append_result, find_result, open_model, open_task, task_row, weights_hash
+from .linear import check_config
+from .metrics import measure
+from .tasks import Result, TaskData, append_result, find_result, open_model, open_task, paper_score, task_row, weights_hash
 from ..images import Samples, StatelessSampler, guarded
 from ..multicrop import draw_plan, init_worker, render_fast
 from ..regnet import RegNetY, config_from_dict
@@ -541,7 +542,7 @@ def load_finetuned(
     except RuntimeError as error: raise ValueError(f"{checkpoint.path} has a head of another kind: {' '.join(str(error).split())}") from None
     return Classifier(backbone, head, checkpoint.preprocess).to(device).eval()
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #cd524a7b
+# %% ../../nbs/evaluate/55_finetune.ipynb #61d3a292
 def finetune_settings(
     config: FinetuneConfig,
     weights: str,  # fingerprint of the backbone at the start
@@ -553,11 +554,11 @@ def finetune_settings(
 
 def _finetune_result(config, settings, scores, labels, run, seconds):
     "Make the record of a run."
-    row, hits = task_row(config.task), top_k_hits(scores, labels).numpy()
-    low, high = bootstrap_interval(np.mean, hits, seed=config.seed)
+    row = task_row(config.task)
+    measured = measure(row.metric, scores, labels, seed=config.seed)
     last = MetricLog(run.metrics).rows()[-1]
-    return Result(row.slug, config.model, "finetune", settings, row.metric, float(hits.mean()), low, high, len(hits), round(seconds, 3), row.chance, row.paper.get(config.paper_model),
-                  row.paper_source if config.paper_model else "", config.seed, {"train_loss": last["loss"], "steps": last["step"]})
+    return Result(row.slug, config.model, "finetune", settings, row.metric, *measured, len(scores), round(seconds, 3), row.chance, *paper_score(row.slug, config.paper_model), config.seed,
+                  {"train_loss": last["loss"], "steps": last["step"]})
 
 
 def run_finetune(
@@ -596,7 +597,7 @@ def run_finetune(
     barrier()
     return find_result(run.results, **this)
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #b229bcbe
+# %% ../../nbs/evaluate/55_finetune.ipynb #ce290bc6
 RECIPES = {   # VISSL's configurations, as changes to the defaults of FinetuneConfig
     "base": {},                                                                                       # cars, cifar10/100, flowers, pets, svhn, imagenet, places205
     "tricks_384": dict(image_size=384, resize=384, interpolation="bicubic", augment="tricks"),        # the published numbers
@@ -604,6 +605,7 @@ RECIPES = {   # VISSL's configurations, as changes to the defaults of FinetuneCo
     "im2gps": dict(epochs=15, milestones="4 8 12 13 14", weight_decay=1e-4),
     "patch_camelyon": dict(lr=0.01, milestones="30 60 90", weight_decay=5e-4, augment="jitter"),
     "semi_supervised": dict(epochs=70, lr=0.05, milestones="30"),                                     # with train_list: 1 % or 10 % of ImageNet
+    "seer_2021": dict(epochs=35, lr=0.0125, weight_decay=1e-4),                                        # the first SEER paper's ImageNet recipe; its drop epochs are not in the notes
     "low_shot_1000": dict(train_images=1000, balanced=True, epochs=90, milestones="30 60", weight_decay=5e-4),
 }
 

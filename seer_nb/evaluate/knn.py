@@ -6,7 +6,7 @@
 __all__ = ['largest', 'nearest_neighbours', 'count_votes', 'check_labels', 'knn_votes', 'speed_problem', 'timed', 'measure_speed',
            'main', 'KnnConfig', 'knn_settings', 'score_knn', 'check_knn', 'open_knn_features', 'run_knn']
 
-# %% ../../nbs/evaluate/53_knn.ipynb #0934b8cd
+# %% ../../nbs/evaluate/53_knn.ipynb #030d9d51
 import argparse
 import contextlib
 import dataclasses
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from ..core import MetricLog, RunDir, make_config, write_atomic
 from .features import TaskFeatures, open_store, task_features
-from .linear import check_config, make_result, top_k_accuracy, top_k_hits
+from .linear import check_config, make_record
+from .metrics import measure, top_k_accuracy
 from .tasks import Result, append_result, find_result, needed, open_model, open_task, pick_device, task_row, weights_hash
 
 # %% ../../nbs/evaluate/53_knn.ipynb #a1c4659c
@@ -191,7 +192,7 @@ def main(argv=None):
     if results: MetricLog(results).log(**row)
     print("\n".join(f"{name:20} {round(value, 3) if isinstance(value, float) else value}" for name, value in row.items()))
 
-# %% ../../nbs/evaluate/53_knn.ipynb #a31d1113
+# %% ../../nbs/evaluate/53_knn.ipynb #2f8aecc5
 @dataclasses.dataclass(frozen=True)
 class KnnConfig:
     "Parameters of a k-NN evaluation."
@@ -235,9 +236,10 @@ def score_knn(
     similarities, index = nearest_neighbours(features.train_features, features.test_features, config.k, normalize=config.normalize, device=pick_device(config.device))
     similarities, index = similarities.cpu(), index.cpu()
     votes = count_votes(similarities, labels[index], n_classes, config.temperature)
-    hits, seconds = top_k_hits(votes, features.test_labels), time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    measured = measure(task_row(features.task).metric, votes, features.test_labels, seed=config.seed)
     details = {"top5": top_k_accuracy(votes, features.test_labels, 5)} if n_classes > 5 else {}
-    return make_result(features, config, "knn", settings or knn_settings(config, features.weights), hits, seconds, **details), votes, index
+    return make_record(features.task, config, "knn", settings or knn_settings(config, features.weights), measured, len(votes), seconds, **details), votes, index
 
 # %% ../../nbs/evaluate/53_knn.ipynb #3d394187
 def check_knn(

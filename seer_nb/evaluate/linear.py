@@ -8,10 +8,10 @@ __all__ = ['RECIPES', 'PUBLISHED_HEADS', 'VIEWS', 'logistic_loss', 'standardize'
            'race_all', 'stratified_split', 'sweep_l2', 'Recipe', 'probe_recipe', 'learning_rate', 'read_head',
            'make_heads', 'head_loss', 'decay_groups', 'train_heads', 'head_scores', 'take', 'epoch_rows',
            'cached_batches', 'fold_taps', 'choose_head', 'split_rows', 'probe_heads', 'training_view', 'frozen_maps',
-           'trunk_batches', 'LinearConfig', 'config_recipe', 'linear_settings', 'make_record', 'make_result',
-           'check_config', 'score_lbfgs', 'score_sgd', 'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
+           'trunk_batches', 'LinearConfig', 'config_recipe', 'linear_settings', 'make_record', 'check_config',
+           'score_lbfgs', 'score_sgd', 'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
 
-# %% ../../nbs/evaluate/52_linear.ipynb #55964c0c
+# %% ../../nbs/evaluate/52_linear.ipynb #a4842e50
 import dataclasses
 import functools
 import io
@@ -28,7 +28,7 @@ from ..core import MetricLog, RunDir, make_config, stateless_rng, write_atomic
 from .features import TaskFeatures, extract, extract_taps, read_tap, tap_features, tapped_module, task_features
 from .metrics import (METRICS, average_precision, bootstrap_interval, mean_average_precision, mean_interval, mean_per_class_accuracy,
                                       measure, top_k_accuracy, top_k_hits)
-from .tasks import (Family, Result, TaskData, append_result, eval_transform, find_result, needed, open_model, open_task, pick_device,
+from .tasks import (Family, Result, TaskData, append_result, eval_transform, find_result, needed, open_model, open_task, paper_score, pick_device,
                                     task_row, train_transform, weights_hash)
 from .tasks import augment as random_view
 from ..weights import Preprocess
@@ -272,7 +272,7 @@ def sweep_l2(
         accuracies[l2] = top_k_accuracy(fit.scores(features[validation]), labels[validation])
     return max(accuracies, key=accuracies.get), accuracies
 
-# %% ../../nbs/evaluate/52_linear.ipynb #1b2b65d0
+# %% ../../nbs/evaluate/52_linear.ipynb #2b3d39b6
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     "How the paper's probe is trained. The defaults are VISSL's common recipe."
@@ -295,6 +295,7 @@ RECIPES = {
     "places205": Recipe(epochs=14, steps=(4, 8, 12)),
     "inaturalist18": Recipe(epochs=84, steps=(24, 48, 72)),
     "wilds_iwildcam": Recipe(epochs=84, steps=(24, 48, 72)),
+    "iwildcam_ood": Recipe(epochs=84, steps=(24, 48, 72)),
     "ucf101": Recipe(epochs=50, schedule="cosine", weight_decay=0.01),
     "openimages": Recipe(epochs=16, batch_size=1024, lr=0.003, lr_batch=0, steps=(2, 4, 6), weight_decay=1e-4, decay_norm=True),
 }
@@ -625,7 +626,7 @@ def linear_settings(
         recipe["steps"] = list(recipe["steps"])                                   # as JSON gives it back
     return {name: getattr(config, name) for name in used} | recipe | {"weights": weights}
 
-# %% ../../nbs/evaluate/52_linear.ipynb #d586a65f
+# %% ../../nbs/evaluate/52_linear.ipynb #9f4cdf8b
 def make_record(
     task: str,        # slug
     config,           # has model, seed and paper_model
@@ -639,22 +640,7 @@ def make_record(
     "Make the record of one measurement."
     row = task_row(task)
     return Result(row.slug, config.model, protocol, settings, row.metric, *measured, n, round(seconds, 3), row.chance,
-                  row.paper.get(config.paper_model), row.paper_source if config.paper_model else "", config.seed, details)
-
-
-def make_result(
-    features: TaskFeatures,  # what was probed
-    config,                  # has model, seed and paper_model
-    protocol: str,           # linear, knn, …
-    settings: dict,          # what decides the number
-    hits: torch.Tensor,      # [M] bool: which test images were right
-    seconds: float,          # of the probe
-    **details,               # found on the way
-) -> Result:
-    "Make the record of one top-1 measurement."
-    hits = hits.cpu().numpy()
-    measured = float(hits.mean()), *mean_interval(hits, seed=config.seed)
-    return make_record(features.task, config, protocol, settings, measured, len(hits), seconds, **details)
+                  *paper_score(task, config.paper_model), config.seed, details)
 
 
 def check_config(

@@ -8,7 +8,7 @@ __all__ = ['LIMITED_TASKS', 'PROTOCOLS', 'average_precision', 'as_targets', 'mea
            'fit_svms', 'stratified_folds', 'svm_protocol', 'draw_shots', 'shot_scores', 'draw_limited', 'LowShotConfig',
            'lowshot_jobs', 'score_svm', 'score_samples', 'check_labels', 'run_lowshot']
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #410d7efa
+# %% ../../nbs/evaluate/54_lowshot.ipynb #5b326f07
 import dataclasses
 import io
 import time
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
 from .features import TaskFeatures, task_features
 from .linear import LinearConfig, bootstrap_interval, check_config, score_linear, top_k_accuracy
-from .tasks import Result, append_result, find_result, open_model, open_task, pick_device, task_row, weights_hash
+from .tasks import Result, append_result, find_result, open_model, open_task, paper_score, pick_device, task_row, weights_hash
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #ddf00ed3
 def average_precision(
@@ -355,7 +355,7 @@ def lowshot_jobs(
         if getattr(config, name) < least: raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
     return jobs
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #078c16d9
+# %% ../../nbs/evaluate/54_lowshot.ipynb #22766db5
 def score_svm(
     features: TaskFeatures,
     config: LowShotConfig,
@@ -372,7 +372,7 @@ def score_svm(
     paper = row.paper.get(config.paper_model) if row.metric == "mAP" else None
     details = {"ap": [None if v != v else v for v in ap.tolist()], "cost": costs.tolist(), "validation": validated.amax(0).mean().item(), "map_11_point": mean_average_precision(scores, test, "11-point")}
     return Result(row.slug, config.model, "svm", settings, "mAP", value, value - half, value + half, len(test), round(seconds, 3),
-                  chance_precision(test, config.seed), paper, row.paper_source if paper is not None else "", config.seed, details), scores.cpu()
+                  chance_precision(test, config.seed), paper, paper_score(row.slug, config.paper_model)[1] if paper is not None else "", config.seed, details), scores.cpu()
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #b8a45413
 def score_samples(

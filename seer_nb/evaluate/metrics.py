@@ -49,16 +49,16 @@ def mean_per_class_accuracy(
     n, right = labels.bincount(), labels.bincount(hits)
     return (right[n > 0] / n[n > 0]).mean().item()
 
-# %% ../../nbs/evaluate/47_metrics.ipynb #770826b7
+# %% ../../nbs/evaluate/47_metrics.ipynb #17c6ca53
 def macro_f1(
     scores,  # [N, C] array or tensor
     labels,  # [N] integers
 ) -> float:
-    "Average the F1 score of the classes that occur among the labels or the top-1 predictions."
+    "Average the F1 score of the classes that occur among the labels, as WILDS does."
     hits, labels = top_k_hits(scores, labels).double(), torch.as_tensor(labels).long()
     C = torch.as_tensor(scores).shape[1]
     right, images, alarms = labels.bincount(hits, C), labels.bincount(minlength=C), torch.as_tensor(scores).argmax(1).bincount(minlength=C)
-    occurs = images + alarms > 0
+    occurs = images > 0
     return (2 * right / (images + alarms))[occurs].mean().item()
 
 # %% ../../nbs/evaluate/47_metrics.ipynb #eee52b61
@@ -139,7 +139,7 @@ def calibration_error(
     mean, accuracy, share = confidence_bins(confidence, hits, n_bins)
     return float((share * np.abs(mean - accuracy)).sum())
 
-# %% ../../nbs/evaluate/47_metrics.ipynb #efd61850
+# %% ../../nbs/evaluate/47_metrics.ipynb #582575a3
 def bootstrap_interval(
     metric,                    # metric(*arrays) -> float
     *arrays,                   # samples along the first dimension, resampled together
@@ -150,8 +150,12 @@ def bootstrap_interval(
     "Return the lower and upper end of the percentile bootstrap interval of a metric."
     arrays, rng = [np.asarray(a) for a in arrays], stateless_rng(seed, 52)
     picks = (rng.integers(len(arrays[0]), size=len(arrays[0])) for _ in range(n_resamples))
-    values = [float(metric(*(a[i] for a in arrays))) for i in picks]
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    def resampled(i):
+        try: return float(metric(*(a[i] for a in arrays)))
+        except ValueError: return np.nan                       # e.g. without a positive sample there is no ROC-AUC
+    values = [resampled(i) for i in picks]
+    if np.isnan(values).all(): metric(*arrays)
+    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 # %% ../../nbs/evaluate/47_metrics.ipynb #0f911166

@@ -11,7 +11,7 @@ __all__ = ['MATLAB_LIMIT', 'read_imagenet1k_1pct', 'read_imagenet1k_10pct', 'SPL
            'read_fgvc_aircrafts', 'read_oxford_pets', 'read_dtd', 'read_places205', 'read_inaturalist18', 'read_ppm',
            'read_gtsrb', 'read_oxford_flowers', 'read_stanford_cars', 'read_array', 'packed', 'known', 'read_mnist',
            'read_cifar10', 'read_cifar100', 'read_stl10', 'read_svhn', 'voc_objects', 'voc_labels', 'read_voc07',
-           'read_imagenet_real', 'objectnet_numbers', 'read_objectnet']
+           'imagenet_numbers', 'read_imagenet_real', 'objectnet_numbers', 'read_objectnet']
 
 # %% ../../nbs/evaluate/48_readers.ipynb #82e6f57d
 import csv
@@ -478,17 +478,25 @@ def read_voc07(root: Path, split: str) -> Listing:
     labels = [voc_labels(voc_objects(top / "Annotations" / f"{name}.xml")) for name in ids]
     return files(top / "JPEGImages", [f"{name}.jpg" for name in ids], np.array(labels).reshape(-1, 20), VOC_CLASSES)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #bfb1aaab
+# %% ../../nbs/evaluate/48_readers.ipynb #b02797eb
+def imagenet_numbers(
+    numbers,  # from a file
+) -> list:
+    "Return numbers of ImageNet's classes as they are. Raises `ValueError` for any other."
+    if wrong := [k for k in numbers if type(k) is not int or not 0 <= k < 1000]: raise ValueError(f"{wrong[0]!r} is no class of ImageNet: they have the numbers 0 to 999")
+    return numbers
+
+
 def read_imagenet_real(root: Path, split: str) -> Listing:
     "Read ImageNet-ReaL: `real.json` and `val` (ImageNet's, flat or in folders; a link will do)."
     sets = json.loads(find(root, pick(split, None, "real.json")).read_text())
     val = find(root, "val")
     names = sorted((name for folder in subfolders(val) or ["."] for name in image_names(val, folder)), key=os.path.basename)
     labels = np.zeros((len(sets), 1000), np.int8)
-    for row, classes in zip(labels, sets): row[classes] = 1
+    for row, classes in zip(labels, sets): row[imagenet_numbers(classes)] = 1
     return files(val, names, labels, imagenet_classes())
 
-# %% ../../nbs/evaluate/48_readers.ipynb #c0b067f9
+# %% ../../nbs/evaluate/48_readers.ipynb #4bd8b0ce
 def objectnet_numbers(
     mappings: Path,  # folder of the four files
 ) -> dict:
@@ -498,14 +506,14 @@ def objectnet_numbers(
     list_of_names = (mappings / "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
     of_name = {text.strip(): number[i] for i, text in enumerate(list_of_names) if i in number}
     overlap, label_of = load("objectnet_to_imagenet_1k.json"), load("folder_to_objectnet_label.json")
-    return {folder: [of_name[text] for text in overlap[label].split("; ")] for folder, label in label_of.items() if label in overlap}
+    return {folder: imagenet_numbers([of_name[text] for text in overlap[label].split("; ")]) for folder, label in label_of.items() if label in overlap}
 
 
 def read_objectnet(root: Path, split: str) -> Listing:
     "Read ObjectNet: `objectnet-1.0/images` and `mappings`; each row marks all ImageNet classes that count as right."
     top = find(root, pick(split, None, "objectnet-1.0"))
     numbers = objectnet_numbers(top / "mappings")
-    names = [name for folder in sorted(numbers) for name in image_names(top / "images", folder)]
+    names = [name for folder in below(sorted(numbers)) for name in image_names(top / "images", folder)]
     labels = np.zeros((len(names), 1000), np.int8)
     for row, name in zip(labels, names): row[numbers[name.partition("/")[0]]] = 1
     return files(top / "images", names, labels, imagenet_classes(), border=1)

@@ -12,7 +12,7 @@ __all__ = ['CORRUPTIONS', 'SCALING', 'BARS', 'FINETUNED', 'MASKED', 'read_cut', 
            'RobustnessConfig', 'corruption_names', 'robustness_settings', 'corrupted_hits', 'present_classes',
            'score_robustness', 'run_robustness']
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #6fbacf6b
+# %% ../../nbs/evaluate/56_robustness.ipynb #66782e41
 import copy
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomi
 from .features import extract_features, sized
 from .linear import check_config, fit_logistic, standardize, sweep_l2
 from .metrics import bootstrap_interval, calibration_error, confidence_bins, top_k_hits
-from .tasks import (Result, append_result, find_result, needed, open_model, open_task, pick_device, published_rows, task_row,
+from .tasks import (Result, append_result, find_result, needed, open_model, open_task, paper_score, pick_device, published_rows, task_row,
                                     weights_hash)
 from ..weights import Preprocess, load_backbone, load_checkpoint, load_classifier
 
@@ -467,7 +467,7 @@ def corrupted_hits(
             hits.append(np.load(path))
     return np.stack(hits).reshape(-1, 5, len(hits[0]))
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #54d5513e
+# %% ../../nbs/evaluate/56_robustness.ipynb #b9a21aa6
 def present_classes(
     task: str,       # slug of TASKS
     root,            # folder that holds the data sets
@@ -500,7 +500,7 @@ def score_robustness(
         values = damaged.mean((0, 1))
     low, high = bootstrap_interval(np.mean, values, seed=config.seed)
     result = Result(row.slug, config.model, "corruption" if names else "robustness", settings, row.metric, float(values.mean()), low, high, len(values),
-                    round(time.perf_counter() - start, 3), row.chance, row.paper.get(config.paper_model), row.paper_source if config.paper_model else "",
+                    round(time.perf_counter() - start, 3), row.chance, *paper_score(row.slug, config.paper_model),
                     config.seed, details)
     return result, logits
 

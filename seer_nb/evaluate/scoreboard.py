@@ -8,13 +8,14 @@ __all__ = ['FAMILIES', 'PRECISION', 'evaluate_backbone', 'collect_results', 'tas
            'draw_cell', 'draw_cells', 'coverage', 'model_size', 'draw_scaling', 'markdown_table', 'html_page',
            'ScoreboardConfig', 'run_scoreboard']
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #16b96c23
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #766f1ee9
 import dataclasses
 import functools
 import glob
 import html
 import json
 import math
+import os
 import re
 
 import torch
@@ -53,14 +54,14 @@ def evaluate_backbone(
         results += [score_knn(features, KnnConfig(task=task, k=k, **common))[0] for k in knn]
     return results
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #2a9cc1b4
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #b4536e7f
 def collect_results(
     patterns: str,  # file names or glob patterns, separated by spaces
 ) -> list:
     "Read all results of all files that match. Raises `FileNotFoundError` for a pattern that matches no file."
     found = {}
     for pattern in patterns.split():
-        paths = sorted(glob.glob(pattern, recursive=True))
+        paths = sorted(glob.glob(pattern, recursive=True), key=os.path.getmtime)
         if not paths: raise FileNotFoundError(f"no file matches {pattern!r}: give the results.jsonl of a run, e.g. runs/*/*/results.jsonl")
         found |= {path: read_results(path) for path in paths}
     return [result for rows in found.values() for result in rows]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'FRACTION', 'STD', 'TFDS', 'VAL', 'SEEDED', 'OOD', 'SHOTS', 'toy_images',
            'READERS', 'FAMILIES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'published_rows',
-           'paper_scores', 'real', 'add', 'again', 'task_table', 'published', 'task_row', 'TaskData', 'task_folder',
-           'missing_message', 'choose', 'part', 'open_task', 'Family', 'TaskPreprocess', 'task_family',
+           'paper_scores', 'real', 'add', 'again', 'task_table', 'published', 'task_row', 'paper_score', 'TaskData',
+           'task_folder', 'missing_message', 'choose', 'part', 'open_task', 'Family', 'TaskPreprocess', 'task_family',
            'eval_transform', 'augment', 'train_transform', 'check_split', 'check_task', 'main', 'drop_classifier',
            'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model',
            'weights_hash', 'Result', 'append_result', 'read_results', 'find_result']
@@ -320,13 +320,23 @@ def __getattr__(name):
     if name == "TASKS": return task_table()
     raise AttributeError(f"module 'seer_nb.evaluate.tasks' has no attribute {name!r}")
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #f00b518a
+# %% ../../nbs/evaluate/50_tasks.ipynb #1191f95f
 def task_row(
     slug: str,  # e.g. toy_scenes
 ) -> Task:
     "Return the row of one task. Raises `ValueError` for a slug that is not in the table."
     if slug not in ROWS: raise ValueError(f"no task {slug!r}{did_you_mean(slug, ROWS)}; TASKS lists the {len(ROWS)} there are")
     return ROWS[slug]
+
+
+def paper_score(
+    task: str,   # slug
+    model: str,  # a key of the row's `paper`
+) -> tuple:
+    "Return the published score of a model on a task, a fraction, and where it is printed; None and an empty text if there is none."
+    row = task_row(task)
+    if model not in row.paper: return None, ""
+    return row.paper[model], paper_scores(task).get(model, (None, row.paper_source))[1]
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #4f140561
 class TaskData:
@@ -392,7 +402,7 @@ def choose(
         turn[members] = stateless_rng(0, int(k)).permutation(len(members))
     return np.sort(np.lexsort((labels, turn))[:n])
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #7865fd63
+# %% ../../nbs/evaluate/50_tasks.ipynb #d55a9050
 def part(function, index, i): return function(int(index[i]))
 
 
@@ -426,7 +436,7 @@ def open_task(
         raise ValueError(f"{slug} in {folder}: {what}") from error
     size = len(listing.labels)
     if not 0 <= n <= size: raise ValueError(f"{slug} has {size} {split} images, {n} were asked for")
-    n = n or (min(row.limit, size) if split == "train" else 0)
+    if split == "train" and row.limit: n = min(n or row.limit, row.limit, size)
     labels, read, name = listing.labels, listing.read, listing.names.__getitem__
     if n and n < size:
         index = choose(labels, n)
