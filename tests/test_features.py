@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 from seer_nb.checkpoints import CheckpointError
 from seer_nb.distributed import run_ranks
 from seer_nb.evaluate import features as feat
+from seer_nb.evaluate import tasks
 from seer_nb.evaluate.tasks import TaskData, open_model
 from seer_nb.regnet import regnety
 from seer_nb.streaming import StreamedBackbone
@@ -307,3 +308,10 @@ def test_a_size_follows_the_rule_of_the_task():
     padded = feat.view_image(digit, "center", asked["mnist"])
     assert torch.equal(padded, asked["mnist"].resize_crop(digit)) and padded[0, 0, 0] == 0 and padded[0, 32, 32] == 255
     assert asked["clevr_count"].warp and asked["food101"].size == round(64 * 256 / 224) and asked["mine"].size == 80
+
+
+def test_a_store_made_by_another_rule_of_the_task_is_refused(tmp_path, monkeypatch):
+    model, data = open_model("random:regnety_toy"), TaskData("dtd", "train", "ab", torch.zeros(4), torch.zeros(4, 3, 40, 60, dtype=torch.uint8).__getitem__)
+    feat.extract(model, {"train": data}, tmp_path / "store", taps=["avgpool"], size=32)
+    monkeypatch.setitem(tasks.ROWS, "dtd", dataclasses.replace(tasks.ROWS["dtd"], transform="warp"))
+    with pytest.raises(ValueError, match="holds other features: preprocess"): feat.extract(model, {"train": data}, tmp_path / "store", taps=["avgpool"], size=32)

@@ -289,7 +289,7 @@ def _labels(images):
     labels = getattr(images, "labels", None)
     return torch.full((len(images),), -1) if labels is None else labels.contiguous()
 
-# %% ../../nbs/evaluate/51_features.ipynb #2254b28c
+# %% ../../nbs/evaluate/51_features.ipynb #0dfac2b2
 def make_plan(
     model: nn.Module,
     data: dict,  # split -> TaskData
@@ -312,8 +312,8 @@ def make_plan(
     one = extract_taps(model, [read(0)], taps, views=views, size=size)
     own = getattr(model, "preprocess", Preprocess())
     preprocess = json.loads(json.dumps(dataclasses.asdict(sized(own, size, getattr(first, "slug", "")) or own)))
-    return {"format": "seer_nb features 2", "task": getattr(first, "slug", ""), "model": type(model).__name__, "weights": weights_hash(model), "preprocess": preprocess,
-            "size": size, "views": list(views), "taps": list(taps), "widths": [one[tap].shape[1] for tap in taps], "dtype": dtype,
+    return {"format": "seer_nb features 2", "task": getattr(first, "slug", ""), "model": type(model).__name__, "weights": weights_hash(model), "size": size,
+            "preprocess": preprocess, "views": list(views), "taps": list(taps), "widths": [one[tap].shape[1] for tap in taps], "dtype": dtype,
             "name": name, "classes": list(getattr(first, "classes", ())), "images": {split: len(images) for split, images in data.items()},
             "data": {split: data_fingerprint(images) for split, images in data.items()}}
 
