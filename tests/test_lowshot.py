@@ -307,3 +307,14 @@ def test_the_step_form_is_that_of_the_page_on_metrics():
     rng = np.random.default_rng(0)
     scores, targets = rng.integers(0, 8, 60) / 8, rng.choice([1, 0, -1], 60)
     assert lowshot.average_precision(scores, targets, "step") == pytest.approx(metrics.average_precision(scores, targets))
+
+
+def test_only_the_images_that_are_drawn_go_through_the_network(tmp_path, monkeypatch):
+    "Without the SVM on all labels the rest is not extracted, and the scores are the same."
+    config = lowshot.LowShotConfig(run_dir=str(tmp_path / "some"), task="toy_digits", train_images=200, test_images=50, protocols="lowshot,limited", shots="1,2", samples=2, limit=40, costs="1")
+    seen, plain = [], lowshot.extract_features
+    monkeypatch.setattr(lowshot, "extract_features", lambda model, data, **how: seen.append(len(data)) or plain(model, data, **how))
+    some = lowshot.run_lowshot(config)
+    assert 40 <= seen[0] < 120 and seen[1] == 50
+    everything = lowshot.run_lowshot(dataclasses.replace(config, run_dir=str(tmp_path / "all"), protocols="svm,lowshot,limited"))
+    assert seen[2] == 200 and [r.value for r in some] == pytest.approx([r.value for r in everything[1:]], abs=1e-6)

@@ -597,14 +597,14 @@ def run_finetune(
     barrier()
     return find_result(run.results, **this)
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #ce290bc6
+# %% ../../nbs/evaluate/55_finetune.ipynb #56b03c51
 RECIPES = {   # VISSL's configurations, as changes to the defaults of FinetuneConfig
     "base": {},                                                                                       # cars, cifar10/100, flowers, pets, svhn, imagenet, places205
     "tricks_384": dict(image_size=384, resize=384, interpolation="bicubic", augment="tricks"),        # the published numbers
     "inaturalist18": dict(epochs=24, milestones="7 14 21"),
     "im2gps": dict(epochs=15, milestones="4 8 12 13 14", weight_decay=1e-4),
     "patch_camelyon": dict(lr=0.01, milestones="30 60 90", weight_decay=5e-4, augment="jitter"),
-    "semi_supervised": dict(epochs=70, lr=0.05, milestones="30"),                                     # with train_list: 1 % or 10 % of ImageNet
+    "semi_supervised": dict(epochs=70, lr=0.05, milestones="30"),                                     # tasks imagenet1k_1pct, imagenet1k_10pct
     "seer_2021": dict(epochs=35, lr=0.0125, weight_decay=1e-4),                                        # the first SEER paper's ImageNet recipe; its drop epochs are not in the notes
     "low_shot_1000": dict(train_images=1000, balanced=True, epochs=90, milestones="30 60", weight_decay=5e-4),
 }

@@ -11,7 +11,7 @@ __all__ = ['RECIPES', 'PUBLISHED_HEADS', 'VIEWS', 'logistic_loss', 'standardize'
            'trunk_batches', 'LinearConfig', 'config_recipe', 'linear_settings', 'make_record', 'check_config',
            'score_lbfgs', 'score_sgd', 'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
 
-# %% ../../nbs/evaluate/52_linear.ipynb #a4842e50
+# %% ../../nbs/evaluate/52_linear.ipynb #5c05fde7
 import dataclasses
 import functools
 import io
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import MetricLog, RunDir, make_config, stateless_rng, write_atomic
-from .features import TaskFeatures, extract, extract_taps, read_tap, tap_features, tapped_module, task_features
+from .features import TaskFeatures, extract, read_tap, tap_features, tapped_module, task_features
 from .metrics import (METRICS, average_precision, bootstrap_interval, mean_average_precision, mean_interval, mean_per_class_accuracy,
                                       measure, top_k_accuracy, top_k_hits)
 from .tasks import (Family, Result, TaskData, append_result, eval_transform, find_result, needed, open_model, open_task, paper_score, pick_device,
@@ -567,7 +567,7 @@ def trunk_batches(
             yield frozen_maps(model, images, taps), data.labels[some].to(device)
     return batches
 
-# %% ../../nbs/evaluate/52_linear.ipynb #8915a5ac
+# %% ../../nbs/evaluate/52_linear.ipynb #c87a1cb9
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
     "Parameters of a linear probe."
@@ -582,6 +582,7 @@ class LinearConfig:
     train_images: int = 0               # use only so many training images; 0: all
     test_images: int = 0                # use only so many test images; 0: all
     extract_batch: int = 256            # images per forward pass
+    workers: int = 0                    # processes that read images; 0: this one
     device: str = ""                    # cpu, cuda, …; empty: cuda if there is one
     solver: str = "lbfgs"               # lbfgs (penalty chosen by validation) or sgd (the paper's probe)
     seeds: int = 1                      # so many results, with the seeds from `seed` on; the backbone stays the first one's
@@ -592,7 +593,7 @@ class LinearConfig:
     heads: str = "avgpool/eval_mlp"     # sgd: heads TAP/KIND, separated by spaces
     choose: str = "validation"          # sgd: choose the head on held-out training images (validation) or, as the paper, on test
     augment: str = ""                   # sgd: new views in every epoch, random as the task says (task), or crop, flip, none; empty: features once
-    features_dir: str = ""              # sgd: folder for memory-mapped features; empty: in memory
+    features_dir: str = ""              # sgd: folder for memory-mapped features; empty: features/ in the run folder
     epochs: int = 0                     # sgd: passes over the training images; 0: as the task's recipe
     batch_size: int = 0                 # sgd: images per step; 0: as the task's recipe
     lr: float = 0.0                     # sgd: learning rate per 256 images; 0: as the task's recipe
@@ -700,7 +701,7 @@ def linear_result(config, settings, scores, labels, seconds, details):
     measured = measure(task_row(config.task).metric, scores, labels, seed=config.seed)
     return make_record(config.task, config, protocol, settings, measured, len(labels), seconds, **details)
 
-# %% ../../nbs/evaluate/52_linear.ipynb #0d556f64
+# %% ../../nbs/evaluate/52_linear.ipynb #38b13da1
 def run_linear(
     config: LinearConfig,
 ) -> Result:
@@ -717,8 +718,8 @@ def run_linear(
     runs = [dataclasses.replace(config, seed=seed) for seed in range(config.seed, config.seed + config.seeds)]
     done = {c.seed: find_result(run.results, task=config.task, model=config.model, settings=settings, seed=c.seed) for c in runs}
     if all(done.values()): return done[config.seed]
-    run.begin(config, may_change=("seeds",))
-    probe, labels = prepare_probe(config, model)
+    run.begin(config, may_change=("seeds", "workers", "extract_batch", "device"))
+    probe, labels = prepare_probe(config, model, config.features_dir or run.path / "features")
     for c in (c for c in runs if not done[c.seed]):
         start = time.perf_counter()
         scores, details = probe(c)
@@ -733,17 +734,20 @@ def run_linear(
 def prepare_probe(
     config: LinearConfig,
     model: nn.Module,
+    folder,                # where memory-mapped features go
 ) -> tuple:
     "Read the images once; return probe(config) -> (scores, details), and the labels of the test images."
-    sizes = dict(size=config.image_size, batch_size=config.extract_batch)
+    sizes = dict(size=config.image_size, batch_size=config.extract_batch, workers=config.workers)
     if config.solver == "lbfgs":
         features = task_features(model, config.task, config.root, n_train=config.train_images, n_test=config.test_images, **sizes)
         return functools.partial(score_lbfgs, features), features.test_labels
     data = {split: open_task(config.task, config.root, split, n=n) for split, n in (("train", config.train_images), ("test", config.test_images))}
     taps = list(dict.fromkeys(read_head(head)[0] for head in config.heads.split()))
-    if config.features_dir: read = extract(model, data, config.features_dir, taps=taps, name=config.model, **sizes).features
-    else: read = lambda split, tap, held={split: extract_taps(model, d, taps, **sizes) for split, d in data.items()}: held[split][tap]
-    train, test = ((fold_taps({tap: read(split, tap) for tap in taps}), d.labels) for split, d in data.items())
+    held_out = config.choose == "validation" and len(config.heads.split()) > 1
+    stored = data if held_out or not config.augment else {"test": data["test"]}      # new views need no features of the training images
+    read = extract(model, stored, folder, taps=taps, name=config.model, **sizes).features
+    maps = {split: fold_taps({tap: read(split, tap) for tap in taps}) for split in stored}
+    train, test = ((maps.get(split, maps["test"]), d.labels) for split, d in data.items())
     views = lambda rows, recipe, seed: trunk_batches(model, data["train"], taps, rows, augment=config.augment, size=config.image_size,
                                                      batch_size=recipe.batch_size, seed=seed)
     return lambda c: score_sgd(train, test, c, len(data["train"].classes), views if config.augment else None), data["test"].labels

@@ -6,9 +6,9 @@
 __all__ = ['LIMITED_TASKS', 'PROTOCOLS', 'average_precision', 'as_targets', 'mean_average_precision', 'chance_precision',
            'normalize_features', 'svm_objective', 'principal_axes', 'newton_direction', 'solve_svms', 'SvmFit',
            'fit_svms', 'stratified_folds', 'svm_protocol', 'draw_shots', 'shot_scores', 'draw_limited', 'LowShotConfig',
-           'lowshot_jobs', 'score_svm', 'score_samples', 'check_labels', 'run_lowshot']
+           'lowshot_jobs', 'score_svm', 'score_samples', 'check_labels', 'DrawnRows', 'drawn_features', 'run_lowshot']
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #5b326f07
+# %% ../../nbs/evaluate/54_lowshot.ipynb #f9145965
 import dataclasses
 import io
 import time
@@ -17,11 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
-from .features import TaskFeatures, task_features
+from .features import TaskFeatures, extract_features, read_tap
 from .linear import LinearConfig, bootstrap_interval, check_config, score_linear, top_k_accuracy
-from .tasks import Result, append_result, find_result, open_model, open_task, paper_score, pick_device, task_row, weights_hash
+from .tasks import (Result, TaskData, append_result, find_result, open_model, open_task, paper_score, pick_device, subset, task_row,
+                                    weights_hash)
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #ddf00ed3
 def average_precision(
@@ -312,7 +314,7 @@ def draw_limited(
         shuffled = shuffled[turn[shuffled].argsort(stable=True)]
     return shuffled[:n].sort().values
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #cc3a3e6a
+# %% ../../nbs/evaluate/54_lowshot.ipynb #0fd8b0b4
 @dataclasses.dataclass(frozen=True)
 class LowShotConfig:
     "Parameters of the SVM and low-shot protocols."
@@ -327,6 +329,8 @@ class LowShotConfig:
     train_images: int = 0               # use only so many training images; 0: all
     test_images: int = 0                # use only so many test images; 0: all
     extract_batch: int = 256            # images per forward pass
+    tap: str = "avgpool"                # where the features are taken, as in features.tap_features
+    workers: int = 0                    # processes that read images; 0: this one
     device: str = ""                    # cpu, cuda, …; empty: cuda if there is one
     protocols: str = "svm,lowshot,limited"  # which to run, separated by commas
     costs: str = "0.01,0.1,1,2,5,10,15,20,50,100,1000"  # svm, lowshot: costs of the SVMs
@@ -336,7 +340,7 @@ class LowShotConfig:
     limit: int = 1000                   # limited: training images
     balanced: bool = True               # limited: as many of each class
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #dee7c3f5
+# %% ../../nbs/evaluate/54_lowshot.ipynb #bb2d6913
 PROTOCOLS = {"svm": ("costs", "folds"), "lowshot": ("costs", "samples"), "limited": ("limit", "balanced", "samples")}
 
 
@@ -348,7 +352,7 @@ def lowshot_jobs(
     jobs = []
     for protocol in config.protocols.split(","):
         if protocol not in PROTOCOLS: raise ValueError(f"no protocol {protocol!r}{did_you_mean(protocol, PROTOCOLS)}; protocols: {', '.join(PROTOCOLS)}")
-        settings = {name: getattr(config, name) for name in ("image_size", "train_images", "test_images", *PROTOCOLS[protocol])} | {"weights": weights}
+        settings = {name: getattr(config, name) for name in ("image_size", "train_images", "test_images", "tap", *PROTOCOLS[protocol])} | {"weights": weights}
         jobs += [(protocol, settings | {"k": int(k)}) for k in config.shots.split(",")] if protocol == "lowshot" else [(protocol, settings)]
     if min(float(cost) for cost in config.costs.split(",")) <= 0: raise ValueError(f"costs must be positive, got {config.costs!r}")
     for name, least in (("samples", 1), ("folds", 2)):
@@ -400,7 +404,7 @@ def score_samples(
     return Result(row.slug, config.model, protocol, settings, metric, float(np.mean(values)), float(min(values)), float(max(values)), len(y),
                   round(time.perf_counter() - start, 3), chance, None, "", config.seed, details)
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #51980f18
+# %% ../../nbs/evaluate/54_lowshot.ipynb #a5bccb6b
 def check_labels(
     labels,          # [N] classes, or [N, C] of 1 present, 0 absent, -1 difficult
     n_classes: int,  # C
@@ -414,6 +418,33 @@ def check_labels(
     if "limited" in config.protocols: draw_limited(labels, config.limit)
 
 
+class DrawnRows:
+    "Features of some samples, asked for by the numbers that these samples have among all."
+
+    def __init__(self, features, rows): self.features, self.rows = features, rows      # rows: [n] ascending
+
+    def __getitem__(self, rows): return self.features[torch.searchsorted(self.rows, rows)]
+
+
+def drawn_features(
+    model: nn.Module,  # the backbone
+    train: TaskData,
+    test: TaskData,
+    config: LowShotConfig,
+) -> TaskFeatures:
+    "Extract the features of the test images, and of those training images that the protocols of the configuration draw. Raises `ValueError` for features that are not finite."
+    data, C = train, len(train.classes)
+    if "svm" not in config.protocols:
+        draws = [draw_shots(train.labels, C, max(int(k) for k in config.shots.split(",")), config.seed, s)[0] for s in range(config.samples)] if "lowshot" in config.protocols else []
+        if "limited" in config.protocols: draws += [draw_limited(train.labels, config.limit, balanced=config.balanced, seed=config.seed, sample=s) for s in range(config.samples)]
+        rows = torch.cat(draws).unique()
+        data = subset(train, rows)
+    how = dict(tap=config.tap, size=config.image_size, batch_size=config.extract_batch, workers=config.workers)
+    x, y = (extract_features(model, part, **how) for part in (data, test))
+    if not (x.isfinite().all() and y.isfinite().all()): raise ValueError(f"the model gives features on {config.task} that are not finite: its weights are broken")
+    return TaskFeatures(config.task, train.classes, x if data is train else DrawnRows(x, rows), train.labels, y, test.labels, weights_hash(model))
+
+
 def run_lowshot(
     config: LowShotConfig,
 ) -> list:
@@ -424,6 +455,7 @@ def run_lowshot(
     """
     check_config(config)
     lowshot_jobs(config, "")
+    read_tap(config.tap)
     train = open_task(config.task, config.root, "train", n=config.train_images)
     check_labels(train.labels, len(train.classes), config)
     run, model = RunDir(config.run_dir, "lowshot"), open_model(config.model, seed=config.seed, device=pick_device(config.device))
@@ -431,8 +463,7 @@ def run_lowshot(
     known = lambda protocol, settings: find_result(run.results, task=config.task, model=config.model, protocol=protocol, settings=settings, seed=config.seed)
     if all(known(*job) for job in jobs): return [known(*job) for job in jobs]
     run.begin(config)
-    features = task_features(model, config.task, config.root, size=config.image_size, batch_size=config.extract_batch,
-                             n_train=config.train_images, n_test=config.test_images)
+    features = drawn_features(model, train, open_task(config.task, config.root, "test", n=config.test_images), config)
     for protocol, settings in progress([job for job in jobs if not known(*job)], desc="protocols"):
         if protocol == "svm":
             result, scores = score_svm(features, config, settings)

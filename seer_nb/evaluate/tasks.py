@@ -6,10 +6,10 @@
 __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'FRACTION', 'STD', 'TFDS', 'VAL', 'SEEDED', 'OOD', 'SHOTS', 'toy_images',
            'READERS', 'FAMILIES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'published_rows',
            'paper_scores', 'real', 'add', 'again', 'task_table', 'published', 'task_row', 'paper_score', 'TaskData',
-           'task_folder', 'missing_message', 'choose', 'part', 'open_task', 'Family', 'TaskPreprocess', 'task_family',
-           'eval_transform', 'augment', 'train_transform', 'check_split', 'check_task', 'main', 'drop_classifier',
-           'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model',
-           'weights_hash', 'Result', 'append_result', 'read_results', 'find_result']
+           'task_folder', 'missing_message', 'choose', 'part', 'subset', 'open_task', 'Family', 'TaskPreprocess',
+           'task_family', 'eval_transform', 'augment', 'train_transform', 'check_split', 'check_task', 'main',
+           'drop_classifier', 'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers',
+           'pick_device', 'open_model', 'weights_hash', 'Result', 'append_result', 'read_results', 'find_result']
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #d4aa2882
 import argparse
@@ -402,8 +402,17 @@ def choose(
         turn[members] = stateless_rng(0, int(k)).permutation(len(members))
     return np.sort(np.lexsort((labels, turn))[:n])
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #d55a9050
+# %% ../../nbs/evaluate/50_tasks.ipynb #6bb9c432
 def part(function, index, i): return function(int(index[i]))
+
+
+def subset(
+    data: TaskData,
+    rows,  # [n] sample numbers
+) -> TaskData:
+    "Return some images of a task, as a task."
+    rows = np.asarray(rows)
+    return TaskData(data.slug, data.split, data.classes, data.labels[rows], functools.partial(part, data.read, rows), functools.partial(part, data.name, rows))
 
 
 def open_task(
@@ -437,11 +446,8 @@ def open_task(
     size = len(listing.labels)
     if not 0 <= n <= size: raise ValueError(f"{slug} has {size} {split} images, {n} were asked for")
     if split == "train" and row.limit: n = min(n or row.limit, row.limit, size)
-    labels, read, name = listing.labels, listing.read, listing.names.__getitem__
-    if n and n < size:
-        index = choose(labels, n)
-        labels, read, name = labels[index], functools.partial(part, read, index), functools.partial(part, name, index)
-    return TaskData(slug, split, listing.classes, labels, read, name)
+    data = TaskData(slug, split, listing.classes, listing.labels, listing.read, listing.names.__getitem__)
+    return subset(data, choose(listing.labels, n)) if n and n < size else data
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #a952e513
 class Family(NamedTuple):
