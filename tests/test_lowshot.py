@@ -250,14 +250,14 @@ def toy(monkeypatch):
     classes, labels = tuple("abcde"), (targets == 1).long().argmax(1)
     calls = []
 
-    def task_features(model, task, *args, **kwargs):
-        calls.append(task)
+    def drawn_features(model, train, test, config):
+        calls.append(task := config.task)
         y = targets if task == "toy_voc" else labels
         return TaskFeatures(task, classes, x[:300].float(), y[:300], x[300:].float(), y[300:], "w")
 
     rows = ROWS | {"toy_voc": dataclasses.replace(toy_row("toy_count"), slug="toy_voc", metric="mAP", paper={"seer": 0.9}, paper_source="a table")}
     monkeypatch.setattr("seer_nb.evaluate.tasks.ROWS", rows)
-    monkeypatch.setattr(lowshot, "task_features", task_features)
+    monkeypatch.setattr(lowshot, "drawn_features", drawn_features)
     monkeypatch.setattr(lowshot, "open_task", lambda task, root, split, n: TaskData(task, split, classes, (targets if task == "toy_voc" else labels)[:300], None))
     monkeypatch.setattr(lowshot, "weights_hash", lambda model: "w")
     return calls
@@ -311,7 +311,7 @@ def test_the_step_form_is_that_of_the_page_on_metrics():
 
 def test_only_the_images_that_are_drawn_go_through_the_network(tmp_path, monkeypatch):
     "Without the SVM on all labels the rest is not extracted, and the scores are the same."
-    config = lowshot.LowShotConfig(run_dir=str(tmp_path / "some"), task="toy_digits", train_images=200, test_images=50, protocols="lowshot,limited", shots="1,2", samples=2, limit=40, costs="1")
+    config = lowshot.LowShotConfig(run_dir=str(tmp_path / "some"), task="toy_digits", train_images=200, test_images=50, protocols="lowshot,limited", shots="1,2", samples=2, limit=40, costs="1", folds=2)
     seen, plain = [], lowshot.extract_features
     monkeypatch.setattr(lowshot, "extract_features", lambda model, data, **how: seen.append(len(data)) or plain(model, data, **how))
     some = lowshot.run_lowshot(config)
