@@ -8,7 +8,7 @@ __all__ = ['KEEP_FREED_MEMORY', 'OUTCOMES', 'parameters_of', 'notebook_name', 'r
            'run_attempt', 'NotebookJob', 'Job', 'find_job', 'submit', 'submit_suite', 'collect_results', 'memory_text',
            'array_runs', 'main']
 
-# %% ../nbs/43_launch.ipynb #24f660c8
+# %% ../nbs/43_launch.ipynb #22303314
 import argparse
 import ast
 import asyncio
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .checkpoints import saved_steps
+from .checkpoints import CheckpointError, lock_folder, saved_steps, unlock
 from .core import STOP_SIGNALS, MetricLog, RunDir, answering, attempts, did_you_mean, environment_text, make_config, watched, write_atomic
 from .distributed import RANK_LOST, find_place
 
@@ -148,7 +148,7 @@ class _Relay:
         self.over.set()
         self.answering.__exit__(*error)
 
-# %% ../nbs/43_launch.ipynb #a805b119
+# %% ../nbs/43_launch.ipynb #4c2fb26e
 class Stopped(RuntimeError):
     "The run was told to stop, or lost a rank or its kernel, before its end. Started again with the same run_dir, it goes on."
 
@@ -171,7 +171,7 @@ def _report(run, rank):
     report.parent.mkdir(parents=True, exist_ok=True)
     if not rank and report.exists():
         earlier.mkdir(exist_ok=True)
-        report.rename(earlier / f"report_{len(list(earlier.iterdir())) + 1}.ipynb")
+        report.rename(earlier / f"report_{len(list(earlier.glob('report_*.ipynb'))) + 1}.ipynb")
     return report
 
 
@@ -219,16 +219,18 @@ def _execute(notebook, run, params, show):
             _apart(asyncio.run, km.shutdown_kernel(now=True))
             if report.exists() and not rank: write_html(report)
 
-# %% ../nbs/43_launch.ipynb #67ed46e0
+# %% ../nbs/43_launch.ipynb #ade1dbe2
 @contextlib.contextmanager
 def _recorded(run, job="here"):
-    "Record an attempt of a run, if this is rank 0: when it begins, and how it ends."
+    "Record an attempt of a run, if this is rank 0: when it begins, and how it ends. Raises `ValueError` if another attempt is still going."
     import torch
     place = find_place()
     if place.rank:
         yield
         return
-    log, tried = MetricLog(run.path / "attempts.jsonl"), attempts(run.path)
+    try: lock = lock_folder(run.path / "attempts")
+    except CheckpointError as error: raise ValueError(str(error)) from None
+    log, tried, before = MetricLog(run.path / "attempts.jsonl"), attempts(run.path), _written(run.metrics)
     if tried and "end" not in tried[-1]:
         alive = [f.stat().st_mtime for f in (log.path, run.metrics, run.path / "report.ipynb") if f.exists()]
         log.log(attempt=len(tried), end=max(alive), last_step=_last_step(run), outcome="lost", reason="its end was not recorded")
@@ -241,8 +243,14 @@ def _recorded(run, job="here"):
         reason = str(error) if isinstance(error, Stopped) else f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
         raise
     finally:
-        try: log.log(attempt=number, end=time.time(), last_step=_last_step(run), outcome=outcome, reason=reason)
+        try:
+            steps = _last_step(run) if _written(run.metrics) != before else (saved_steps(run.checkpoints) or [0])[-1]   # rows of an earlier attempt do not count
+            log.log(attempt=number, end=time.time(), last_step=steps, outcome=outcome, reason=reason)
         except (OSError, ValueError, TypeError) as error: print(f"the end of this attempt is not recorded: {error}", file=sys.stderr)   # a full disk; it hides nothing else
+        unlock(lock)
+
+
+def _written(file): return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _last_step(run):

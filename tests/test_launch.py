@@ -305,3 +305,17 @@ def test_a_record_that_is_not_whole_does_not_spoil_the_report(tmp_path):
     account = time_account(tmp_path)
     assert account["attempts"] == 2 and account["hours"] > 0 and account["hours_between"] == 5 / 3600 and account["gpu_hours"] == account["goodput"] == 0
     assert (tmp_path / "attempts.jsonl").read_bytes() == before                    # reading repairs nothing: another process may be writing
+
+
+def test_a_second_start_in_a_folder_that_is_in_use_touches_nothing(tmp_path):
+    notebook, run = write_notebook(tmp_path / "05_x.ipynb", "time.sleep(600)"), tmp_path / "run"
+    job = subprocess.Popen(command(notebook, "-p", "run_dir", run), cwd=TOP, stderr=subprocess.PIPE)
+    pid(run)
+    wait_until((run / "report.ipynb").exists)
+    record = (run / "attempts.jsonl").read_bytes()
+    second = subprocess.run(command(notebook, "-p", "run_dir", run), cwd=TOP, capture_output=True, text=True)
+    assert second.returncode == 2 and "belongs to a run that is still going" in second.stderr and "Traceback" not in second.stderr
+    assert (run / "attempts.jsonl").read_bytes() == record and not list((run / "attempts").glob("report_*")) and job.poll() is None
+    job.terminate()
+    job.wait()
+    assert [attempt["outcome"] for attempt in attempts(run)] == ["stopped"]
