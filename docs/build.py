@@ -14,6 +14,7 @@ import yaml
 TOP = Path(__file__).resolve().parent.parent
 SITE, SOURCE, DRAFT = TOP / "_docs", TOP / "build/docs", TOP / "build/site"
 CALLOUT = re.compile(r"^(:{3,}) *\{ *\.callout-(\w+)[^}]*\}", re.M)
+DIV = re.compile(r"^(:{3,}) *\{ *\.([\w-]+) *\}", re.M)
 
 
 def sidebar() -> list:
@@ -54,7 +55,7 @@ def sphinx_cells(cell, here: str, base: str):
         if options.get("code-fold") == "true": tags.append("hide-input")
         if cell.source: yield cell
     else:
-        cell.source = links(CALLOUT.sub(r"\1{\2}", cell.source), here, base)
+        cell.source = links(DIV.sub(r"\1{container} \2", CALLOUT.sub(r"\1{\2}", cell.source)), here, base)
         yield cell
 
 
@@ -92,7 +93,8 @@ def build_with_sphinx():
     for _, notebooks in sidebar():
         for notebook in notebooks: sphinx_page(notebook, config.doc_host + config.doc_baseurl)
     (SOURCE / "_static").mkdir()
-    shutil.copy(TOP / "nbs/styles.css", SOURCE / "_static")
+    for path in (TOP / "nbs/styles.css", TOP / "docs/zoom.js"): shutil.copy(path, SOURCE / "_static")
+    for path in (TOP / "nbs").glob("*.png"): shutil.copy(path, SOURCE)
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", TOP / "docs",
                     "-D", f"html_static_path={SOURCE / '_static'}", SOURCE, DRAFT], check=True)
     shutil.rmtree(SITE, ignore_errors=True)

@@ -11,10 +11,32 @@ copyright = settings["copyright"]
 html_title = project
 html_theme = "furo"
 html_copy_source = html_show_sourcelink = False
-html_css_files = ["styles.css"]
+html_css_files, html_js_files = ["styles.css"], ["zoom.js"]
 
-extensions = ["myst_nb"]
+html_favicon = str(Path(__file__).parent.parent / "nbs/favicon.svg")
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#01507e", "color-brand-content": "#0173b2"},
+    "dark_css_variables": {"color-brand-primary": "#7cc4ef", "color-brand-content": "#7cc4ef"},
+    "footer_icons": [{"name": "GitHub", "url": settings["git_url"], "html": "source", "class": ""}],
+}
+
+extensions = ["myst_nb", "sphinx_copybutton"]
 nb_execution_mode = "off"          # the pages show the outputs stored in the notebooks
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 4
+nb_code_prompt_show, nb_code_prompt_hide = "imports", "imports"    # the only cells that are folded
+html_math_renderer = "mathml"
+
+
+def setup(app):
+    """Write formulas as MathML, which browsers draw without a script or a network."""
+    from docutils.nodes import SkipNode
+    from latex2mathml.converter import convert
+
+    def draw(display):
+        def visit(self, node):
+            self.body.append(convert(node.astext(), display=display))
+            raise SkipNode
+        return visit, None
+    app.add_html_math_renderer("mathml", inline_renderers=draw("inline"), block_renderers=draw("block"))

@@ -22,10 +22,11 @@ def readme(index: dict) -> str:
     for cell in index["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
+            source = re.sub(r"^:::.*\n?", "", source, flags=re.M)                     # the site's boxes
             parts.append(re.sub(r"\]\((?![a-z]+:|#|/)([^)]+)\)", r"](nbs/\1)", source))
         elif cell["cell_type"] == "code" and not re.search(r"^\s*#\s*\|\s*hide\b", source, re.M):
             code = DIRECTIVE.sub("", source).strip()
-            if code: parts.append(fence(code, "python"))
+            if code and "echo: false" not in source: parts.append(fence(code, "python"))
             parts += [fence(text) for text in map(output_text, cell["outputs"]) if text.strip()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
