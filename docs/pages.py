@@ -47,7 +47,7 @@ def minutes(cells) -> int:
 def page_of(module: str) -> str:
     "Return the notebook that a module is made from, as a link from nbs/; '' if there is none."
     text = (TOP / module.replace(".", "/")).with_suffix(".py")
-    found = re.search(r"# File to edit: (?:\.\./)*nbs/(\S+\.ipynb)", text.read_text(encoding="utf-8")) if text.exists() else None
+    found = re.search(r"File to edit: (?:\.\./)*nbs/(\S+?\.ipynb)", text.read_text(encoding="utf-8")) if text.exists() else None
     return found[1] if found else ""
 
 

@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ TOP = Path(__file__).resolve().parent.parent
 FILES = sorted(p.relative_to(TOP / "nbs").as_posix() for p in TOP.glob("nbs/**/*.ipynb") if not {".ipynb_checkpoints", "runs"} & {*p.relative_to(TOP).parts})
 
 
-def page(file):
+def page_name(file):
     path = Path(file)
     return (path.parent / re.sub(r"^\d+_", "", path.stem)).as_posix()
 
@@ -43,11 +46,11 @@ def words(text):
 @pytest.mark.parametrize("file", FILES)
 def test_page(site, file):
     cells = json.loads((TOP / "nbs" / file).read_text())["cells"]
-    text = (site / f"{page(file)}.html").read_text()
+    text = (site / f"{page_name(file)}.html").read_text()
     shown = words(text)
     assert words("".join(cells[0]["source"]).splitlines()[0].lstrip("# ")) in shown
     assert 'name="q"' in text                                                        # the search field
-    assert all(f'href="{Path(os.path.relpath(page(f), Path(page(file)).parent)).as_posix()}.html"' in text for f in FILES if f not in (file, "index.ipynb"))
+    assert all(f'href="{Path(os.path.relpath(page_name(f), Path(page_name(file)).parent)).as_posix()}.html"' in text for f in FILES if f not in (file, "index.ipynb"))
     exported = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and re.match(r"#\| exports?\b", "".join(c["source"]))]
     assert [s for s in exported if re.sub(r"\s+", "", re.sub(r"^#\|.*\n", "", s)) not in shown] == []
     figures = sum(mime.startswith("image/") for c in cells for o in c.get("outputs", []) for mime in o.get("data", {}))
@@ -72,3 +75,101 @@ def test_links_between_pages(site):
             if not there.exists(): lost.append((path.name, link))
             elif anchor and there.suffix == ".html" and f'id="{anchor}"' not in there.read_text(): lost.append((path.name, link))
     assert lost == []
+
+
+@pytest.fixture(scope="module")
+def browser(site):
+    "Chromium, looking at the site over the loopback; `open_page(name, width, …)` returns a page and the errors it has met."
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: chromium = None
+    if not chromium: (pytest.fail if os.environ.get("SEER_NB_NEED_BROWSER") else pytest.skip)("no Chromium or no playwright here; apt-get install chromium, pip install playwright")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with sync_playwright() as playwright:
+        program = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+
+        def open_page(name, width=1400, **options):
+            page, errors = program.new_page(viewport={"width": width, "height": 1000}, **options), []
+            page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("request", lambda request: errors.append(request.url) if "127.0.0.1" not in request.url and not request.url.startswith("data:") else None)
+            page.goto(f"http://127.0.0.1:{server.server_port}/{name}.html")
+            return page, errors
+        yield open_page
+        program.close()
+    server.shutdown()
+
+
+def shown(page, selector): return page.locator(selector).filter(visible=True)
+
+
+def test_landing_page(browser):
+    page, errors = browser("index")
+    assert page.locator(".card").count() == 3 and [page.locator(".card > p").nth(i).inner_text() for i in (0, 2, 4)] == ["Read", "Run", "Import"]
+    assert page.locator("img[src*=hero]").evaluate("image => image.complete && image.naturalWidth") > 500
+    page.locator(".card a").first.click()
+    assert page.locator("h1").inner_text().startswith("Quickstart") and errors == []
+
+
+def test_search_leads_to_the_page(browser):
+    page, errors = browser("index")
+    page.locator("input[name=q]").filter(visible=True).fill("sinkhorn")
+    page.keyboard.press("Enter")
+    page.locator("#search-results li a", has_text="SwAV").first.click()
+    assert page.locator("h1").inner_text().startswith("SwAV") and errors == []
+
+
+def test_dark_and_light(browser):
+    brightness = "element => getComputedStyle(element).backgroundColor.match(/[0-9]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    for scheme, low, high in (("dark", 0, 200), ("light", 600, 765)):
+        page, _ = browser("swav", color_scheme=scheme)
+        assert low <= page.locator("body").evaluate(brightness) <= high
+        before = page.locator("body").evaluate(brightness)
+        for _ in range(2): shown(page, ".theme-toggle").first.click()                  # auto, light, dark
+        assert page.locator("body").get_attribute("data-theme") in ("dark", "light")
+        assert abs(page.locator("body").evaluate(brightness) - before) > 300 or page.locator("body").get_attribute("data-theme") == scheme
+
+
+def test_formulas_need_no_script_and_no_network(browser):
+    page, errors = browser("swav", java_script_enabled=False)
+    boxes = [math.bounding_box() for math in page.locator("math").all()]
+    assert len(boxes) > 5 and all(box["height"] > 5 and box["width"] > 3 for box in boxes) and errors == []
+
+
+def test_imports_are_folded_and_figures_open(browser):
+    page, errors = browser("evaluate/linear")
+    imports = page.locator("details.hide pre").first
+    assert not imports.is_visible()
+    page.locator("details.hide summary").first.click()
+    assert imports.is_visible() and "import" in imports.inner_text()
+    page.locator(".cell_output img").first.click()
+    assert page.locator("dialog.zoom img").is_visible()
+    page.keyboard.press("Escape")
+    page.locator("dialog.zoom img").wait_for(state="hidden")
+    assert errors == []
+
+
+def test_pages_follow_each_other(browser):
+    page, _ = browser("swav")
+    assert "builds on" in page.locator("article").inner_text()
+    page.locator(".related-pages .next-page").click()
+    assert page.locator("h1").inner_text().startswith("LARC")
+
+
+@pytest.mark.parametrize("width", [390, 1000, 1400])
+def test_no_page_is_wider_than_the_screen(browser, width):
+    wide = []
+    page, _ = browser("index", width)
+    for file in FILES:
+        page.goto(re.sub(r"/[^/]*$", "/", page.url.replace("/evaluate/", "/")) + f"{page_name(file)}.html")
+        if page.evaluate("document.documentElement.scrollWidth") > width: wide.append(file)
+    assert wide == []
+
+
+def test_pages_are_light(site):
+    assert {path.name: path.stat().st_size for path in site.rglob("*.html") if path.stat().st_size > 2_000_000} == {}
