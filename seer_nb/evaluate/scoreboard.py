@@ -326,7 +326,7 @@ def model_size(
     if not (name := network_in(model)): return None
     with torch.device("meta"): return count_parameters(RegNetY(REGNETY[name]))
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #08be5ccc
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #3f331ee9
 def draw_scaling(
     table,    # of score_table; may be empty
     printed,  # of published_table
@@ -334,21 +334,23 @@ def draw_scaling(
 ):
     "Draw scores over the number of parameters: SEER's published ones as open diamonds, models measured here as filled dots; return the matplotlib figure."
     plt, cells, columns = needed("matplotlib.pyplot", "notebooks"), seer_cells(printed), min(4, len(tasks))
-    fig, axes = plt.subplots(math.ceil(len(tasks) / columns), columns, figsize=(2.4 * columns, 0.5 + 2.2 * math.ceil(len(tasks) / columns)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(math.ceil(len(tasks) / columns), columns, figsize=(2.4 * columns, 1.1 + 2.1 * math.ceil(len(tasks) / columns)), squeeze=False, layout="constrained")
+    series = cells.model.str.replace(r"\d+(GF|B)", "", regex=True).str.replace(" ,", ",").str.strip()      # networks of one pretraining and finetuning
+    look, handles = {}, {}
     for ax, task in zip(axes.flat, tasks):
-        series = cells.model.str.replace(r"\d+(GF|B)", "", regex=True).str.replace("SEER ", "", n=1).str.strip(", ")      # networks of one pretraining and finetuning
-        for i, ((protocol, kind), part) in enumerate(cells[cells.task == task].groupby(["protocol", series])):
-            points = sorted((model_size(r.model), r.paper) for r in part.itertuples())
-            ax.plot(*zip(*points), "D" + ("-", "--", ":", "-.")[i % 4], mfc="none", ms=5, lw=1, color=PALETTE["paper"], label=", ".join(filter(None, (protocol, kind, "published"))))
-        for i, (protocol, part) in enumerate(table[table.task == task].groupby("protocol") if len(table) else ()):
-            points = sorted((size, r.here) for r in part.itertuples() if (size := model_size(r.model)))
-            if points: ax.plot(*zip(*points), "os^v"[i % 4], ms=4, color=PALETTE["here"], label=f"{protocol}, measured here")
-            if part.chance.notna().any(): ax.axhline(part.chance.dropna().iloc[0], color=PALETTE["chance"], ls="--", lw=1)
+        for (protocol, kind), part in cells[cells.task == task].groupby(["protocol", series]):
+            points, i = sorted((model_size(r.model), r.paper) for r in part.itertuples()), look.setdefault((protocol, kind), len(look))
+            ax.plot(*zip(*points), "Dos^v"[i % 5] + ("-", "--", ":", "-.")[i % 4], mfc="none", ms=5, lw=1, color=PALETTE["paper"], label=f"{kind}, {protocol}: published")
+        for protocol, part in table[table.task == task].groupby("protocol") if len(table) else ():
+            points, i = sorted((size, r.here) for r in part.itertuples() if (size := model_size(r.model))), look.setdefault(protocol, len(look))
+            if points: ax.plot(*zip(*points), "Dos^v"[i % 5], ms=4, color=PALETTE["here"], label=f"{protocol}: measured here")
+            if part.chance.notna().any(): ax.axhline(part.chance.dropna().iloc[0], color=PALETTE["chance"], ls="--", lw=1, label="chance")
         ax.set(xscale="log", xlim=(1e5, 2e10), title=f"{task} (toy)" if is_toy(task) else task)
-        if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=6)
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     for ax in axes.flat[len(tasks):]: ax.set_visible(False)
     fig.supxlabel("parameters", fontsize=9)
     fig.supylabel("score, %", fontsize=9)
+    if handles: fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7)
     plt.close(fig)
     return fig
 
