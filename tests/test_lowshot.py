@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 
-from seer_nb.evaluate import lowshot, metrics
+from seer_nb.evaluate import lowshot
 from seer_nb.evaluate.features import TaskFeatures
 from seer_nb.evaluate.tasks import ROWS, TaskData, read_results, toy_row
 
@@ -301,12 +301,6 @@ def test_several_labels_per_image(tmp_path, toy):
 def test_nothing_is_written_for_a_bad_config(tmp_path, toy, bad, match):
     with pytest.raises(ValueError, match=match): lowshot.run_lowshot(config(tmp_path, **bad))
     assert not (tmp_path / "run").exists() and not toy
-
-
-def test_the_step_form_is_that_of_the_page_on_metrics():
-    rng = np.random.default_rng(0)
-    scores, targets = rng.integers(0, 8, 60) / 8, rng.choice([1, 0, -1], 60)
-    assert lowshot.average_precision(scores, targets, "step") == pytest.approx(metrics.average_precision(scores, targets))
 
 
 def test_only_the_images_that_are_drawn_go_through_the_network(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ __all__ = ['LIMITED_TASKS', 'PROTOCOLS', 'average_precision', 'as_targets', 'mea
            'fit_svms', 'stratified_folds', 'svm_protocol', 'draw_shots', 'shot_scores', 'draw_limited', 'LowShotConfig',
            'lowshot_jobs', 'score_svm', 'score_samples', 'check_labels', 'DrawnRows', 'drawn_features', 'run_lowshot']
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #f9145965
+# %% ../../nbs/evaluate/54_lowshot.ipynb #a53f2f66
 import dataclasses
 import io
 import time
@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
+from . import metrics
 from .features import TaskFeatures, extract_features, read_tap
 from .linear import LinearConfig, bootstrap_interval, check_config, score_linear, top_k_accuracy
 from .tasks import (Result, TaskData, append_result, find_result, open_model, open_task, paper_score, pick_device, subset, task_row,
                                     weights_hash)
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #ddf00ed3
+# %% ../../nbs/evaluate/54_lowshot.ipynb #299b4eeb
 def average_precision(
     scores,              # [N] or [N, C] array or tensor
     targets,             # the same shape: 1 present, 0 absent, -1 ignored
@@ -35,22 +36,11 @@ def average_precision(
 
     Samples of equal score are found together. Raises `ValueError` for scores that are not a number, other targets, other shapes, or another kind.
     """
-    scores, targets = torch.as_tensor(scores).double(), torch.as_tensor(targets)
+    scores, targets = (torch.as_tensor(x).cpu() for x in (scores, targets))
     if scores.shape != targets.shape or scores.ndim not in (1, 2): raise ValueError(f"scores {list(scores.shape)} and targets {list(targets.shape)} do not fit")
-    if scores.isnan().any(): raise ValueError("some scores are not a number")
-    if not torch.isin(targets, torch.tensor([-1, 0, 1], device=targets.device)).all(): raise ValueError("targets must be 1 (present), 0 (absent) or -1 (ignored)")
-    if kind not in ("area", "11-point", "step"): raise ValueError(f"kind must be area, 11-point or step, not {kind!r}")
-    if scores.ndim == 1: return average_precision(scores[:, None], targets[:, None], kind).item()
-    ranked, order = scores.sort(0, descending=True)
-    truth, rows = targets.gather(0, order), torch.arange(len(scores), device=scores.device)[:, None]
-    last = torch.cat([ranked[1:] != ranked[:-1], torch.ones_like(ranked[:1], dtype=torch.bool)])      # of its group of equals
-    ends = torch.where(last, rows, len(scores)).flip(0).cummin(0).values.flip(0)
-    found, seen = ((truth == 1).cumsum(0).gather(0, ends).double(), (truth >= 0).cumsum(0).gather(0, ends).double())
-    precision, positives = found / seen.clamp_min(1), found[-1]
-    if kind != "step": precision = precision.flip(0).cummax(0).values.flip(0)                         # the envelope
-    if kind == "11-point": ap = sum((precision * (10 * found >= level * positives)).amax(0) for level in range(11)) / 11
-    else: ap = (precision * found.diff(dim=0, prepend=torch.zeros_like(found[:1]))).sum(0) / positives
-    return torch.where(positives > 0, ap, torch.nan)
+    if scores.ndim == 2: return torch.tensor([average_precision(s, t, kind) for s, t in zip(scores.T, targets.T)], dtype=torch.float64)
+    scores, targets = metrics.checked_targets(scores.numpy(), targets.numpy())
+    return metrics.average_precision(scores, targets, kind) if (targets == 1).any() else float("nan")
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #3bb6180b
 def as_targets(
