@@ -71,8 +71,30 @@ def listing(labels, seen=None):
     return read
 
 
+DRAWN = [91, 94, 102, 130, 163]   # whatever NumPy does to its own permutation
+
+
+def test_draw_images():
+    "Every image can be drawn, classes and what is left over are dealt without favour, seeds and samples differ, and the draw is the same for ever."
+    labels = torch.tensor([2, 0, 1, 0, 2, 0, 1, 0, 0, 2] * 20)
+    assert tasks.draw_images(labels, 5).tolist() == DRAWN
+    for balanced in (True, False):
+        draw = lambda n, **kw: tasks.draw_images(labels, n, balanced=balanced, **kw)
+        assert draw(200).tolist() == list(range(200)) and draw(50).dtype == torch.int64 and set(draw(50).tolist()) < set(draw(51).tolist())
+        assert {i for s in range(60) for i in draw(20, sample=s).tolist()} == set(range(200))
+        assert len({tuple(draw(5, seed=seed, sample=sample).tolist()) for seed in range(4) for sample in range(5)}) == 20
+        assert draw(7).tolist() == tasks.draw_images(labels.numpy(), 7, balanced=balanced).tolist()
+    extra = torch.stack([labels[tasks.draw_images(labels, 4, seed=seed)].bincount(minlength=3) for seed in range(90)])
+    assert extra.min() == 1 and all(10 < n for n in (extra == 2).sum(0).tolist())        # the fourth image is not always of the first class
+    assert all(tasks.draw_images(labels, n).bincount(minlength=200).max() == 1 for n in (1, 199))
+    for bad in (0, 201):
+        with pytest.raises(ValueError, match="between 1 and 200"): tasks.draw_images(labels, bad)
+    with pytest.raises(ValueError, match="balanced=False"): tasks.draw_images(labels[:, None], 5)
+    assert len(tasks.draw_images(labels[:, None], 5, balanced=False)) == 5
+
+
 def test_fewer_images(monkeypatch, tmp_path):
-    "All classes keep their share, the images stay with their labels and names, and the suite of 1000 limits only the training images."
+    "Training images are of all classes alike, test images keep the mixture; the images stay with their labels and names, and the suite of 1000 limits only the training images."
     labels = np.array([0] * 30 + [1] * 4 + [2] * 10)
     monkeypatch.setitem(tasks.READERS, "dtd", listing(labels))
     data = tasks.open_task("dtd", tmp_path, "train", n=14)
@@ -80,6 +102,9 @@ def test_fewer_images(monkeypatch, tmp_path):
     places = [int(image[0, 0, 0]) for image, _ in data]
     assert places == sorted(set(places)) and labels[places].tolist() == data.labels.tolist() and data.name(3) == f"{places[3]}.png"
     assert [int(image[0, 0, 0]) for image, _ in tasks.open_task("dtd", tmp_path, "train", n=14)] == places
+    tested = tasks.open_task("dtd", tmp_path, "test", n=14)
+    places = [int(image[0, 0, 0]) for image, _ in tested]
+    assert places == tasks.draw_images(labels, 14, balanced=False).tolist() and labels[places].tolist() == tested.labels.tolist()
     with pytest.raises(ValueError, match="dtd has 44 test images, 45 were asked for"): tasks.open_task("dtd", tmp_path, "test", n=45)
     monkeypatch.setitem(tasks.ROWS, "dtd_1000", dataclasses.replace(tasks.ROWS["dtd_1000"], limit=6))
     assert np.bincount(tasks.open_task("dtd_1000", tmp_path, "train").labels).tolist() == [2, 2, 2]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MAY_CHANGE', 'RECIPES', 'Head', 'Classifier', 'swav_layer', 'recolour', 'training_view', 'eval_preprocess',
            'mix', 'learning_rate', 'FinetuneConfig', 'check_finetune', 'parameter_groups', 'listed_images',
-           'balanced_images', 'training_images', 'Training', 'start_training', 'train_step', 'classification_loss',
-           'train_loader', 'recompute', 'new_classifier', 'place_model', 'pack', 'network_numbers', 'step_key',
-           'Preempted', 'fit', 'score_images', 'save_finetuned', 'load_finetuned', 'finetune_settings', 'run_finetune',
+           'training_images', 'Training', 'start_training', 'train_step', 'classification_loss', 'train_loader',
+           'recompute', 'new_classifier', 'place_model', 'pack', 'network_numbers', 'step_key', 'Preempted', 'fit',
+           'score_images', 'save_finetuned', 'load_finetuned', 'finetune_settings', 'result_task', 'run_finetune',
            'recipe']
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #d5602402
+# %% ../../nbs/evaluate/55_finetune.ipynb #d4c9e5e6
 import dataclasses
 import functools
 import io
@@ -32,7 +32,7 @@ from ..core import MetricLog, RunDir, make_config, progress, stateless_rng, writ
 from ..distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_size
 from .linear import check_config
 from .metrics import measure
-from .tasks import (VIEWS, Result, TaskData, append_result, eval_transform, find_result, open_model, open_task, paper_score, subset, task_row,
+from .tasks import (ROWS, VIEWS, Result, TaskData, append_result, eval_transform, find_result, open_model, open_task, paper_score, subset, task_row,
                                     train_transform, weights_hash)
 from ..images import Samples, StatelessSampler, guarded
 from ..multicrop import draw_plan, init_worker, render_fast
@@ -161,7 +161,7 @@ def learning_rate(
     except ValueError: raise ValueError(f"milestones are numbers of epochs, separated by spaces, got {config.milestones!r}") from None
     return scale * config.lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #04fcb018
+# %% ../../nbs/evaluate/55_finetune.ipynb #d24ee6e4
 MAY_CHANGE = ("device", "channels_last", "sharded", "cuts", "workers", "test_batch", "timeout", "log_every", "checkpoint_every", "keep")   # when a run goes on
 
 
@@ -175,8 +175,7 @@ class FinetuneConfig:
     task: str = "toy_scenes"            # slug of TASKS
     root: str = ""                      # folder that holds the data sets; toy tasks need none
     paper_model: str = ""               # published model to compare with; empty: none
-    train_images: int = 0               # use only so many training images; 0: all
-    balanced: bool = False              # train_images: as many of each class, chosen by the seed
+    train_images: int = 0               # use only so many training images, as many of each class; 0: all
     train_list: str = ""                # file with the names of the training images, one per line; empty: all
     test_images: int = 0                # use only so many test images; 0: all
     image_size: int = 224               # side of what the network sees, pixels
@@ -212,7 +211,7 @@ class FinetuneConfig:
     checkpoint_every: int = 1000        # steps
     keep: int = 2                       # newest checkpoints kept, at least 2
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #c675122b
+# %% ../../nbs/evaluate/55_finetune.ipynb #f539133f
 def check_finetune(
     config: FinetuneConfig,
 ):
@@ -227,7 +226,6 @@ def check_finetune(
     for name in ("mixup", "cutmix", "weight_decay", "train_images", "test_images"): need(getattr(config, name) >= 0, f"{name} must not be negative, got {getattr(config, name)}")
     need(0 <= config.label_smoothing < 1, f"label_smoothing must lie in 0 … 1, got {config.label_smoothing}")
     need(not (config.train_list and config.train_images), "train_list and train_images both choose the images: give one")
-    need(config.train_images or not config.balanced, "balanced needs train_images, the number to choose")
     learning_rate(0, config)
     eval_preprocess(config, Preprocess())
 
@@ -248,7 +246,7 @@ def parameter_groups(
             if own: groups.append({"params": own, "scale": scale, "weight_decay": decay if plain else 0.0})
     return groups
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #ef8dd33f
+# %% ../../nbs/evaluate/55_finetune.ipynb #d481ed46
 def listed_images(
     data: TaskData,  # a training set
     path,            # text file, a name per line: the path below the data set, or the file name alone
@@ -264,35 +262,13 @@ def listed_images(
     return sorted({where[name][0] for name in names})
 
 
-def balanced_images(
-    labels: torch.Tensor,  # int64 [N]
-    n: int,                # images to choose
-    seed: int = 0,         # of the choice
-) -> list:
-    "Choose n images, as many of each class; where n does not divide, or a class has too few, the others give more, but never two more than one that has some left."
-    order, rank_of = stateless_rng(seed, 57).permutation(len(labels)), {}
-    turns = []                                                           # the how-manieth of its class an image is, in random order
-    for i in order.tolist():
-        c = int(labels[i])
-        rank_of[c] = rank_of.get(c, -1) + 1
-        turns.append((rank_of[c], len(turns), i))
-    if not 1 <= n <= len(labels): raise ValueError(f"{n} of {len(labels)} training images were asked for")
-    return sorted(i for _, _, i in sorted(turns)[:n])
-
-# %% ../../nbs/evaluate/55_finetune.ipynb #3eafd74f
-def _pick(read, chosen, i): return read(chosen[i])
-
-
 def training_images(
     config: FinetuneConfig,
 ) -> TaskData:
     "Open the training images of a run. Raises `ValueError` for a task with several labels per image."
-    n = 0 if config.balanced else config.train_images
-    data = open_task(config.task, config.root, "train", n=n)
+    data = open_task(config.task, config.root, "train", n=config.train_images)
     if data.labels.ndim != 1: raise ValueError(f"{config.task} has several labels per image; fine-tuning here is for one")
-    chosen = listed_images(data, config.train_list) if config.train_list else balanced_images(data.labels, config.train_images, config.seed) if config.balanced else None
-    if chosen is None: return data
-    return TaskData(data.slug, data.split, data.classes, data.labels[chosen], functools.partial(_pick, data.read, chosen), functools.partial(_pick, data.name, chosen))
+    return subset(data, listed_images(data, config.train_list)) if config.train_list else data
 
 # %% ../../nbs/evaluate/55_finetune.ipynb #fb5ff180
 @dataclasses.dataclass
@@ -558,7 +534,7 @@ def load_finetuned(
     except RuntimeError as error: raise ValueError(f"{checkpoint.path} has a head of another kind: {' '.join(str(error).split())}") from None
     return Classifier(backbone, head, checkpoint.preprocess).to(device).eval()
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #be313f37
+# %% ../../nbs/evaluate/55_finetune.ipynb #394428aa
 def finetune_settings(
     config: FinetuneConfig,
     weights: str,  # fingerprint of the backbone at the start
@@ -567,10 +543,18 @@ def finetune_settings(
     where = {"run_dir", "seed", "preset", "model", "task", "root", "paper_model", *MAY_CHANGE}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in where} | {"weights": weights}
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #75d155f6
+
+def result_task(
+    config: FinetuneConfig,
+) -> str:
+    "Return the row of the table that a result belongs to: X_1000 for 1,000 training images of X, else the task."
+    limited = f"{config.task}_{config.train_images}"
+    return limited if limited in ROWS else config.task
+
+# %% ../../nbs/evaluate/55_finetune.ipynb #b20b74d4
 def _finetune_result(config, settings, scores, labels, run, seconds):
     "Make the record of a run."
-    row = task_row(config.task)
+    row = task_row(result_task(config))
     measured = measure(row.metric, scores, labels, seed=config.seed)
     last = MetricLog(run.metrics).rows()[-1]
     return Result(row.slug, config.model, "finetune", settings, row.metric, *measured, len(scores), round(seconds, 3), row.chance, *paper_score(row.slug, config.paper_model), config.seed,
@@ -593,7 +577,7 @@ def run_finetune(
     loader_at(0)                                                                  # refuses a batch that does not divide among the ranks
     run = RunDir(gather_json(str(RunDir(config.run_dir, "finetune").path) if is_main() else "")[0])
     settings = finetune_settings(config, gather_json(weights_hash(model.backbone) if is_main() else "")[0])
-    this = dict(task=config.task, model=config.model, protocol="finetune", settings=settings, seed=config.seed)
+    this = dict(task=result_task(config), model=config.model, protocol="finetune", settings=settings, seed=config.seed)
     if gather_json(find_result(run.results, **this) is not None)[0]: return find_result(run.results, **this)
     if is_main(): run.begin(config, MAY_CHANGE)
     barrier()
@@ -614,7 +598,7 @@ def run_finetune(
     barrier()
     return find_result(run.results, **this)
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #24666334
+# %% ../../nbs/evaluate/55_finetune.ipynb #cf9da683
 RECIPES = {   # VISSL's configurations, as changes to the defaults of FinetuneConfig
     "base": {},                                                                                       # cars, cifar10/100, flowers, pets, svhn, imagenet, places205
     "tricks_384": dict(image_size=384, resize=384, interpolation="bicubic", colours="swav"),           # the published numbers
@@ -623,7 +607,7 @@ RECIPES = {   # VISSL's configurations, as changes to the defaults of FinetuneCo
     "patch_camelyon": dict(lr=0.01, milestones="30 60 90", weight_decay=5e-4, colours="jitter"),
     "semi_supervised": dict(epochs=70, lr=0.05, milestones="30"),                                     # tasks imagenet1k_1pct, imagenet1k_10pct
     "seer_2021": dict(epochs=35, lr=0.0125, weight_decay=1e-4),                                        # the first SEER paper's ImageNet recipe; its drop epochs are not in the notes
-    "low_shot_1000": dict(train_images=1000, balanced=True, epochs=90, milestones="30 60", weight_decay=5e-4),
+    "low_shot_1000": dict(train_images=1000, epochs=90, milestones="30 60", weight_decay=5e-4),
 }
 
 
