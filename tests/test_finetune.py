@@ -335,7 +335,11 @@ def on_ranks(settings, images, labels, state):
     mine = slice(rank() * len(images) // 2, (rank() + 1) * len(images) // 2)
     plain(training, lambda: finetune.classification_loss(model, images[mine], labels[mine], config), 0.1)
     stepped = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
-    return {"value": result.value, "again": again.value, "said": said, "stepped": stepped}
+    alone = finetune.place_model(finetune.Classifier(regnety("regnety_toy"), finetune.Head(352, 5), finetune.Preprocess()), dataclasses.replace(config, norm_group=1), device).train()
+    with torch.no_grad(): alone(images[mine].float() / 255)                              # each rank is a group, with averages of its own
+    own = (mean := next(alone.buffers())).clone()
+    finetune.agree_on_buffers(alone)
+    return {"value": result.value, "again": again.value, "said": said, "stepped": stepped, "own": own, "agreed": mean}
 
 
 def test_two_ranks_equal_one_and_stop_together(straight, tmp_path):
@@ -349,6 +353,7 @@ def test_two_ranks_equal_one_and_stop_together(straight, tmp_path):
     images, labels, state = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8), torch.arange(16) % 5, {name: t.clone() for name, t in model.state_dict().items()}
     two, other = run_ranks(on_ranks, 2, dataclasses.asdict(dataclasses.replace(RUN, run_dir=str(tmp_path / "two"))), images, labels, state, timeout=180)
     for name in ("value", "again", "said"): assert two[name] == other[name]
+    assert torch.equal(two["agreed"], two["own"]) and torch.equal(other["agreed"], two["own"]) and not torch.equal(other["own"], two["own"])     # one network at the end
     assert two["value"] == two["again"] and "step 3 of 6 is saved" in two["said"]
     training = start_training(model.train(), RUN, CPU)
     train_step(training, lambda: classification_loss(model, images, labels, RUN), 0.1)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MAY_CHANGE', 'RECIPES', 'Head', 'Classifier', 'swav_layer', 'recolour', 'training_view', 'eval_preprocess',
-           'mix', 'learning_rate', 'FinetuneConfig', 'check_finetune', 'parameter_groups', 'listed_images',
-           'training_images', 'Training', 'start_training', 'train_step', 'classification_loss', 'train_loader',
-           'recompute', 'new_classifier', 'place_model', 'pack', 'network_numbers', 'step_key', 'Preempted', 'fit',
-           'score_images', 'save_finetuned', 'load_finetuned', 'finetune_settings', 'result_task', 'run_finetune',
+           'mix', 'learning_rate', 'FinetuneConfig', 'result_task', 'check_finetune', 'parameter_groups',
+           'listed_images', 'training_images', 'Training', 'start_training', 'train_step', 'classification_loss',
+           'train_loader', 'recompute', 'new_classifier', 'place_model', 'pack', 'network_numbers', 'step_key',
+           'Preempted', 'fit', 'score_images', 'save_finetuned', 'load_finetuned', 'finetune_settings', 'run_finetune',
            'recipe']
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #d4c9e5e6
+# %% ../../nbs/evaluate/55_finetune.ipynb #0639e508
 import dataclasses
 import functools
 import io
@@ -30,9 +30,8 @@ from ..checkpoints import CheckpointManager, load_newest
 from ..containers import Entry
 from ..core import MetricLog, RunDir, make_config, progress, stateless_rng, write_atomic
 from ..distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_size
-from .linear import check_config
 from .metrics import measure
-from .tasks import (ROWS, VIEWS, Result, TaskData, append_result, eval_transform, find_result, open_model, open_task, paper_score, subset, task_row,
+from .tasks import (ROWS, VIEWS, Result, TaskData, append_result, eval_transform, find_result, open_model, open_task, paper_score, paper_text, subset, task_row,
                                     train_transform, weights_hash)
 from ..images import Samples, StatelessSampler, guarded
 from ..multicrop import draw_plan, init_worker, render_fast
@@ -211,14 +210,22 @@ class FinetuneConfig:
     checkpoint_every: int = 1000        # steps
     keep: int = 2                       # newest checkpoints kept, at least 2
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #f539133f
+# %% ../../nbs/evaluate/55_finetune.ipynb #e4304cd7
+def result_task(
+    config: FinetuneConfig,
+) -> str:
+    "Return the row of the table that a result belongs to: X_1000 for 1,000 training images of X, else the task."
+    limited = f"{config.task}_{config.train_images}"
+    return limited if limited in ROWS else config.task
+
+
 def check_finetune(
     config: FinetuneConfig,
 ):
     "Raise `ValueError` for a value that means nothing, for values that contradict each other, and for a task or a published score that does not exist."
     def need(ok, message):
         if not ok: raise ValueError(f"FinetuneConfig: {message}")
-    check_config(config)
+    paper_score(result_task(config), config.paper_model, "finetune")
     choices = dict(augment=("task", *VIEWS), colours=COLOURS, interpolation=("", "bilinear", "bicubic"), head=("mlp", "swav"), schedule=("steps", "cosine"), precision=DTYPES)
     for name, known in choices.items(): need(getattr(config, name) in known, f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(config, name)!r}")
     for name in ("image_size", "batch_size", "log_every", "checkpoint_every", "test_batch"): need(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
@@ -534,7 +541,7 @@ def load_finetuned(
     except RuntimeError as error: raise ValueError(f"{checkpoint.path} has a head of another kind: {' '.join(str(error).split())}") from None
     return Classifier(backbone, head, checkpoint.preprocess).to(device).eval()
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #394428aa
+# %% ../../nbs/evaluate/55_finetune.ipynb #be313f37
 def finetune_settings(
     config: FinetuneConfig,
     weights: str,  # fingerprint of the backbone at the start
@@ -543,21 +550,13 @@ def finetune_settings(
     where = {"run_dir", "seed", "preset", "model", "task", "root", "paper_model", *MAY_CHANGE}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in where} | {"weights": weights}
 
-
-def result_task(
-    config: FinetuneConfig,
-) -> str:
-    "Return the row of the table that a result belongs to: X_1000 for 1,000 training images of X, else the task."
-    limited = f"{config.task}_{config.train_images}"
-    return limited if limited in ROWS else config.task
-
-# %% ../../nbs/evaluate/55_finetune.ipynb #b20b74d4
+# %% ../../nbs/evaluate/55_finetune.ipynb #52a64301
 def _finetune_result(config, settings, scores, labels, run, seconds):
     "Make the record of a run."
     row = task_row(result_task(config))
     measured = measure(row.metric, scores, labels, seed=config.seed)
     last = MetricLog(run.metrics).rows()[-1]
-    return Result(row.slug, config.model, "finetune", settings, row.metric, *measured, len(scores), round(seconds, 3), row.chance, *paper_score(row.slug, config.paper_model), config.seed,
+    return Result(row.slug, config.model, "finetune", settings, row.metric, *measured, len(scores), round(seconds, 3), row.chance, *paper_score(row.slug, config.paper_model, "finetune"), config.seed,
                   {"train_loss": last["loss"], "steps": last["step"]})
 
 

@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'average_precision', 'as_targets', 'mean_average_precisi
            'result_task', 'score_svm', 'score_samples', 'check_labels', 'DrawnRows', 'drawn_rows', 'drawn_features',
            'run_lowshot']
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #bc50a2a3
+# %% ../../nbs/evaluate/54_lowshot.ipynb #e7b4314a
 import dataclasses
 import io
 import time
@@ -23,9 +23,9 @@ from torch import nn
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
 from . import metrics
 from .features import TaskFeatures, extract_features, read_tap
-from .linear import LinearConfig, bootstrap_interval, check_config, score_linear, top_k_accuracy
+from .linear import LinearConfig, bootstrap_interval, score_linear, top_k_accuracy
 from .tasks import (LIMITED_TASKS, ROWS, Result, TaskData, append_result, draw_images, find_result, open_model, open_task, paper_score,
-                                    pick_device, subset, task_row, weights_hash)
+                                    paper_text, pick_device, subset, task_row, weights_hash)
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #299b4eeb
 def average_precision(
@@ -335,7 +335,7 @@ def result_task(
     limited = f"{base}_{config.limit}" if protocol == "limited" and not config.train_images else base
     return limited if limited in ROWS else base
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #60109ee1
+# %% ../../nbs/evaluate/54_lowshot.ipynb #866f0348
 def score_svm(
     features: TaskFeatures,
     config: LowShotConfig,
@@ -349,10 +349,9 @@ def score_svm(
     seconds, ap = time.perf_counter() - start, average_precision(scores, test)
     low, high = bootstrap_interval(mean_average_precision, scores.cpu(), test.cpu(), n_resamples=200, seed=config.seed)
     value, half = ap.nanmean().item(), (high - low) / 2
-    paper = row.paper.get(config.paper_model) if row.metric == "mAP" else None
     details = {"interval": "95 %, bootstrap over test images", "ap": [None if v != v else v for v in ap.tolist()], "cost": costs.tolist(), "validation": validated.amax(0).mean().item(), "map_11_point": mean_average_precision(scores, test, "11-point")}
     return Result(row.slug, config.model, "svm", settings, "mAP", value, value - half, value + half, len(test), round(seconds, 3),
-                  chance_precision(test, config.seed), paper, paper_score(row.slug, config.paper_model)[1] if paper is not None else "", config.seed, details), scores.cpu()
+                  chance_precision(test, config.seed), *paper_score(row.slug, config.paper_model, "svm"), config.seed, details), scores.cpu()
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #0e51cb2c
 def score_samples(
@@ -431,7 +430,7 @@ def drawn_features(
     if not (x.isfinite().all() and y.isfinite().all()): raise ValueError(f"the model gives features on {train.slug} that are not finite: its weights are broken")
     return TaskFeatures(train.slug, train.classes, x if len(rows) == len(train) else DrawnRows(x, rows), train.labels, y, test.labels, weights_hash(model))
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #2a3e8b1e
+# %% ../../nbs/evaluate/54_lowshot.ipynb #5a333a45
 def run_lowshot(
     config: LowShotConfig,
 ) -> list:
@@ -440,7 +439,7 @@ def run_lowshot(
     A result that is already there for the same settings and weights is not measured again. Raises `ValueError` before anything is written for a task, model, protocol or published model that does
     not exist, and for samples larger than the training set has images.
     """
-    check_config(config)
+    paper_score(result_task(config, "svm"), config.paper_model, "svm")
     lowshot_jobs(config, "")
     read_tap(config.tap)
     task = result_task(config, "svm")                                # samples are drawn from all training images, also for X_1000
