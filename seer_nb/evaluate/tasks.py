@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'MODELS', 'PRINTED_PROTOCOLS', 'FRACTION', 'STD', 'TFDS', 'NAN', 'VAL', 'SEEDED',
            'OOD', 'LIMITED_TASKS', 'CC_GET', 'PEOPLE', 'REVISITED', 'toy_images', 'READERS', 'NO_EPOCH', 'FAMILIES',
-           'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy', 'published_rows', 'model_name',
-           'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table', 'published', 'task_row',
-           'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message', 'draw_images', 'subset',
-           'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment', 'train_transform',
-           'check_split', 'check_task', 'main', 'drop_classifier', 'open_timm', 'open_torchvision',
+           'VIEWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy', 'published_rows',
+           'model_name', 'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table', 'published',
+           'task_row', 'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message', 'draw_images',
+           'subset', 'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment',
+           'train_transform', 'check_split', 'check_task', 'main', 'drop_classifier', 'open_timm', 'open_torchvision',
            'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model', 'weights_hash', 'Result',
            'paper_text', 'append_result', 'read_results', 'find_result']
 
@@ -323,7 +323,7 @@ add(real("imagenet_a", "ImageNet-A", 200, 0, 7_500, "natural", "robustness", TFD
          "50,273 in all: a repository; 18,574 not re-checked",
          "objectnet-1.0/{images,mappings}/", "objectnet.dev: objectnet-1.0.zip, password on the site", "CC BY 4.0, and: never train on it", **OOD))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #91252f81
+# %% ../../nbs/evaluate/50_tasks.ipynb #54b05675
 LIMITED_TASKS = (   # VISSL's low-shot suite
     "caltech101", "cifar100", "clevr_count", "clevr_dist", "dsprites_loc", "dsprites_orient", "dtd", "euro_sat", "kitti_dist",
     "oxford_flowers", "oxford_pets", "patch_camelyon", "small_norb_azimuth", "small_norb_elevation", "sun397", "svhn")
@@ -349,6 +349,9 @@ add(*(again(base, f"{base}_1000", train=1000, limit=1000, protocol="finetune, li
     again("voc07", "voc07_lowshot", protocol="lowshot", group="few labels", split="1 to 96 positive images per class, five draws; test"),
     again("places205", "places205_lowshot", protocol="lowshot", group="few labels", split="k images per class, five draws; validation images test"),
     again("voc07", "voc07_detection", protocol="detection", group="detection", metric="box AP50", chance=0.0, transform="uncut", page="57_detection"),
+    again("voc07", "voc0712_detection", train=16_551, split="trainval of 2007 and 2012; test of 2007", get=ROWS["voc07"].get + "; …/voc2012: VOCtrainval_11-May-2012.tar",
+          layout="VOCdevkit/{VOC2007,VOC2012}/{Annotations,ImageSets,JPEGImages}/", checked=STD, protocol="detection", group="detection", metric="box AP50", chance=0.0,
+          transform="uncut", page="57_detection"),
     real("coco_detection", "COCO 2017", 80, 118_287, 5_000, "uncut", "detection", STD,
          "train2017/, val2017/, annotations/instances_{train,val}2017.json", "cocodataset.org",
          "labels CC BY 4.0, pictures Flickr's terms", VAL, protocol="detection", metric="box AP", chance=0.0, page="57_detection"))
@@ -386,7 +389,7 @@ add(real("copydays", "CopyDays, strong", 0, 0, 229, "uncut", "retrieval", STD + 
            "each picture has a licence of its own", "train: MP-16, test: " + name, protocol="geolocation", metric="within 25 km", chance=NAN, page="64_geolocation")
       for slug, name, n, where in (("im2gps", "Im2GPS", 237, "graphics.cs.cmu.edu/projects/im2gps"), ("im2gps3k", "Im2GPS3k", 2_997, "github.com/lugiavn/revisiting-im2gps"))))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #978b5d53
+# %% ../../nbs/evaluate/50_tasks.ipynb #28727be3
 add(real("hashtags", "Pictures by hashtag, in many languages", 0, 0, 0, "natural", "words", "about: a collection of your own", "LANGUAGE/WORD/*.jpg, translations.csv",
          "collect your own: the authors' pictures and protocol are unpublished", "each picture has a licence of its own", "all pictures are test", protocol="words",
          metric="precision at 1", chance=NAN, page="65_words"),
@@ -396,7 +399,8 @@ add(real("hashtags", "Pictures by hashtag, in many languages", 0, 0, 0, "natural
 for slug, protocol, page, metric in (
         ("toy_people", "labels", "60_fairness_labels", "labelled non-human"), ("toy_households", "geography", "61_fairness_geography", "hit rate per household, top-5"),
         ("toy_retrieval", "similarity", "62_fairness_similarity", "precision at 10"), ("toy_copies", "copies", "63_copies", "mAP"),
-        ("toy_places", "geolocation", "64_geolocation", "within 25 km"), ("toy_words", "words", "65_words", "precision at 1"), ("toy_style", "style", "67_style", "top-1")):
+        ("toy_places", "geolocation", "64_geolocation", "within 25 km"), ("toy_words", "words", "65_words", "precision at 1"), ("toy_memes", "memes", "66_memes", "ROC-AUC"),
+        ("toy_style", "style", "67_style", "top-1"), ("toy_shapes", "detection", "57_detection", "box AP")):
     add(Task(slug, protocol, "toy world", 0, 0, 0, "made by its page", metric, NAN, "square", "none: made by its page", "needs no download", TOY_LICENCE, {}, "", page=page))
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #e355c40e
@@ -638,7 +642,7 @@ def eval_transform(
     return TaskPreprocess(**fields | dict(size=round(size * family.shorter), crop=size, warp=family.warp, pad=family.pad,
                                           interpolation=family.interpolation or preprocess.interpolation))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #993af15b
+# %% ../../nbs/evaluate/50_tasks.ipynb #25e221da
 def augment(
     family: Family,
     transform: TaskPreprocess,  # of the test images
@@ -660,13 +664,21 @@ def augment(
     return image.flip(-1) if mirror and family.flip else image
 
 
+VIEWS = {"crop": dict(random_crop=True, flip=True), "flip": dict(random_crop=False, flip=True), "none": dict(random_crop=False, flip=False)}   # whatever the task says
+
+
 def train_transform(
     slug: str,                              # of a task
     preprocess: Preprocess = Preprocess(),  # of the model
     size: int = 224,                        # side of the square, pixels
+    views: str = "task",                    # what is random: task (as the paper does for this task), or a key of VIEWS
 ):
-    "Return `view(image, seed, index, epoch)`, the task's training augmentation: uint8 [3, H, W] to uint8 [3, size, size]."
-    return functools.partial(augment, task_family(slug), eval_transform(slug, preprocess, size))
+    """Return `view(image, seed, index, epoch)`, a training augmentation: uint8 [3, H, W] to uint8 [3, size, size].
+
+    Raises `ValueError` for other views.
+    """
+    if views not in ("task", *VIEWS): raise ValueError(f"views must be task, {', '.join(VIEWS)}, not {views!r}")
+    return functools.partial(augment, task_family(slug)._replace(**VIEWS.get(views, {})), eval_transform(slug, preprocess, size))
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #e5e14dac
 def check_split(
