@@ -181,7 +181,7 @@ def test_words_of_the_table_lead_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [("en,tr\nwedding,düğün\nwedding,yaz\n", "occurs twice in en"), ("en,tr\nlove,aşk\nLOVE,yaz\n", "occurs twice in en"), ("en;tr\na;b\n", "two languages"),
-                                           ("en,EN\na,b\n", "two columns"), ("", "two languages"), ("\0", "translations.csv"), ("en,tr\nfish,balık\nbird,kuş\n", "no word has")])
+                                           ("en,EN\na,b\n", "two columns"), ("en,EN,tr\nlove,bird,kuş\n", "two columns"), ("en,tr\nlove, honey,aşk\n", "line 2 has more cells"), ("", "two languages"), ("\0", "translations.csv"), ("en,tr\nfish,balık\nbird,kuş\n", "no word has")])
 def test_damaged_tables(tmp_path, text, message):
     root = collection(tmp_path / "x")
     (root / "translations.csv").write_text(text, encoding="utf-8")

@@ -318,7 +318,7 @@ def plain(
     word = unicodedata.normalize("NFD", word.translate(dict.fromkeys(map(ord, INVISIBLE))).strip()).casefold()
     return unicodedata.normalize("NFC", word.lstrip("#\uff03"))
 
-# %% ../../nbs/evaluate/65_words.ipynb #bb18263a
+# %% ../../nbs/evaluate/65_words.ipynb #07811ad9
 TABLE_LIMIT = 2**26   # bytes
 
 
@@ -337,7 +337,8 @@ def read_table(
         else:
             lines = list(csv.reader(io.StringIO(text)))
             head = [name.strip() for name in lines[0]] if lines else []
-            if len(set(map(plain, head))) < len(head): raise ValueError(f"two columns have one name: {', '.join(head)}")
+            if wide := [n for n, line in enumerate(lines, 1) if len(line) > len(head)]: raise ValueError(f"line {wide[0]} has more cells than there are columns")
+            if len(set(head)) < len(head): raise ValueError(f"two columns have one name: {', '.join(head)}")
             rows = [dict(zip(head, line)) for line in lines[1:]]
         if not isinstance(rows, list) or not all(isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in rows):
             raise ValueError("expected a list of {language: word}, all of them texts")
@@ -345,6 +346,7 @@ def read_table(
         rows = [{**row, "concept": row.get("concept") or next(iter(row.values()))} for row in rows if row]
         languages = list(dict.fromkeys(name for row in rows for name in row if name != "concept"))
         if len(languages) < 2: raise ValueError(f"translations need two languages or more, found {languages}: one column each, with commas between them")
+        if len(set(map(plain, languages))) < len(languages): raise ValueError(f"two columns have one name: {', '.join(languages)}")
         for language in languages:
             words = [plain(row[language]) for row in rows if language in row]
             if twice := [word for word in words if words.count(word) > 1]: raise ValueError(f"the word {twice[0]!r} occurs twice in {language}")
