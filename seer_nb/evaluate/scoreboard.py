@@ -68,14 +68,14 @@ def collect_results(
         found |= {path: read_results(path) for path in paths}
     return [result for rows in found.values() for result in rows]
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #983f5503
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #86b89525
 def row_slug(
     result: Result,
 ) -> str:
     "Return the slug of the row that a measurement fills: the task's, or that of the same images with few labels."
     settings, slug = result.settings, result.task
     if result.protocol == "lowshot": slug += "_lowshot"
-    elif settings.get("limit" if result.protocol == "limited" else "train_images") == 1000 and settings.get("balanced"): slug += "_1000"
+    elif settings.get({"limited": "limit", "finetune": "train_images"}.get(result.protocol)) == 1000 and settings.get("balanced", True): slug += "_1000"
     return slug if slug in ROWS else result.task
 
 # %% ../../nbs/evaluate/69_scoreboard.ipynb #653e02b4
@@ -374,7 +374,7 @@ def html_page(
     body = "".join(f"<h2>{html.escape(title)}</h2>\n{part.to_html(index=False, escape=True)}\n" for title, part in parts.items())
     return f"<!doctype html>\n<meta charset=\"utf-8\">\n<title>Scoreboard</title>\n<style>body {{font: 14px sans-serif}} td, th {{padding: 2px 8px; text-align: left}}</style>\n{body}"
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #99b7924e
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #83078e3b
 @dataclasses.dataclass(frozen=True)
 class ScoreboardConfig:
     "Parameters of a scoreboard."
@@ -385,7 +385,7 @@ class ScoreboardConfig:
     model: str = "random:regnety_toy"  # backbone to measure when results is empty
     tasks: str = ""                    # slugs to measure, separated by spaces; empty: all toy tasks
     root: str = ""                     # folder that holds the data sets; toy tasks need none
-    protocols: str = "linear knn"      # what to measure, separated by spaces: linear, knn (k = 20 and 200)
+    protocols: str = "linear knn"      # what to measure, separated by spaces: linear, knn (with k of 20 and 200)
     image_size: int = 0                # pixels after resize and crop, 224 in the paper; 0: images as they are
     extract_batch: int = 256           # images per forward pass
     device: str = ""                   # cpu, cuda, …; empty: cuda if there is one
