@@ -426,7 +426,7 @@ def open_detector(
     detector.preprocess = p
     return recompute(detector, config.cuts)
 
-# %% ../../nbs/evaluate/57_detection.ipynb #e3848467
+# %% ../../nbs/evaluate/57_detection.ipynb #ef1463f1
 def _train_view(data, masks, pair, seed, index, epoch):
     "Return an image and its target, mirrored or not, as a function of (seed, image, epoch)."
     image, t = pair
@@ -442,7 +442,7 @@ def _train_view(data, masks, pair, seed, index, epoch):
         if masks: view["masks"] = view["masks"].flip(2)
     return image, {"boxes": boxes, **view}
 
-
+# %% ../../nbs/evaluate/57_detection.ipynb #ce4632a1
 def _lists(batch): return tuple(map(list, zip(*batch)))
 
 

@@ -6,13 +6,12 @@
 __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'MODELS', 'PRINTED_PROTOCOLS', 'FRACTION', 'STD', 'TFDS', 'NAN', 'VAL', 'SEEDED',
            'OOD', 'LIMITED_TASKS', 'CC_GET', 'PEOPLE', 'REVISITED', 'toy_images', 'READERS', 'NO_EPOCH', 'FAMILIES',
            'VIEWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy', 'published_rows',
-           'model_name', 'printed_protocol', 'percent_to_fraction', 'error_to_fraction', 'paper_scores',
-           'paper_columns', 'real', 'add', 'again', 'task_table', 'published', 'task_row', 'printed_as', 'paper_score',
-           'TaskData', 'task_folder', 'missing_message', 'draw_images', 'part', 'subset', 'open_task', 'Family',
-           'TaskPreprocess', 'task_family', 'eval_transform', 'augment', 'train_transform', 'check_split', 'check_task',
-           'main', 'drop_classifier', 'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers',
-           'pick_device', 'open_model', 'weights_hash', 'Result', 'paper_text', 'append_result', 'read_results',
-           'find_result']
+           'model_name', 'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table', 'published',
+           'task_row', 'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message', 'draw_images',
+           'subset', 'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment',
+           'train_transform', 'check_split', 'check_task', 'main', 'drop_classifier', 'open_timm', 'open_torchvision',
+           'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model', 'weights_hash', 'Result',
+           'paper_text', 'append_result', 'read_results', 'find_result']
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #bc8443e0
 import argparse
@@ -41,12 +40,12 @@ from ..regnet import REGNETY, regnety
 from ..toyworld import TOY_TASKS, toy_task
 from ..weights import Preprocess, load_backbone
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #444b5886
+# %% ../../nbs/evaluate/50_tasks.ipynb #ba21101a
 @dataclasses.dataclass(frozen=True)
 class Task:
     "One benchmark: a row of `TASKS`."
     slug: str          # VISSL's folder name, e.g. clevr_count; ours begin with toy_
-    protocol: str      # pages that use it: linear, knn, …
+    protocol: str      # how it is measured: linear, knn, …
     dataset: str       # name of the data set
     classes: int       # number of classes; 0: there are none
     train: int         # number of training images
@@ -155,13 +154,13 @@ def printed_protocol(
     name = next((name for begin, inside, name in PRINTED_PROTOCOLS if text.startswith(begin) and inside in text), "other")
     return "finetune" if name == "robustness" and row["benchmark"] == "ImageNet-1k" else name     # ImageNet itself, drawn beside its shifted versions
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #b21f71bf
-def percent_to_fraction(x): return x / 100
-def error_to_fraction(x): return 1 - x / 100
+# %% ../../nbs/evaluate/50_tasks.ipynb #fc2935fe
+def _percent(x): return x / 100
+def _error(x): return 1 - x / 100
 
 
-FRACTION = dict.fromkeys(("top-1 acc %", "top-1 acc % (rounded)", "accuracy %", "kNN top-1 %", "mAP", "mAP medium", "% within 25 km", "box AP (best)"), percent_to_fraction) | {
-    "error %": error_to_fraction, "top-1 error %": error_to_fraction, "ROC-AUC": float}
+FRACTION = dict.fromkeys(("top-1 acc %", "top-1 acc % (rounded)", "accuracy %", "kNN top-1 %", "mAP", "mAP medium", "% within 25 km", "box AP (best)"), _percent) | {
+    "error %": _error, "top-1 error %": _error, "ROC-AUC": float}
 
 
 def paper_scores(
@@ -175,11 +174,11 @@ def paper_scores(
         scores.setdefault(printed_protocol(row), {}).setdefault(model_name(row), (score, row["source"]))
     return scores
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #bd9e3dcb
+# %% ../../nbs/evaluate/50_tasks.ipynb #8f18422b
 STD, TFDS, NAN = "not re-checked", "TFDS", float("nan")
 
 
-def paper_columns(slug):
+def _paper_columns(slug):
     "The columns `paper` and `paper_source` of a task."
     scores = paper_scores(slug)
     return ({protocol: {model: score for model, (score, _) in known.items()} for protocol, known in scores.items()},
@@ -194,7 +193,7 @@ def real(
 ) -> Task:
     "Describe a real data set as a row, with the published scores."
     task = Task(slug, "linear, knn", dataset, classes, train, test, split, "top-1", 1 / classes if classes else NAN, transform, layout, get, licence,
-                *paper_columns(slug), group, checked)
+                *_paper_columns(slug), group, checked)
     return dataclasses.replace(task, **changes)
 
 
@@ -324,7 +323,7 @@ add(real("imagenet_a", "ImageNet-A", 200, 0, 7_500, "natural", "robustness", TFD
          "50,273 in all: a repository; 18,574 not re-checked",
          "objectnet-1.0/{images,mappings}/", "objectnet.dev: objectnet-1.0.zip, password on the site", "CC BY 4.0, and: never train on it", **OOD))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #87facdb8
+# %% ../../nbs/evaluate/50_tasks.ipynb #54b05675
 LIMITED_TASKS = (   # VISSL's low-shot suite
     "caltech101", "cifar100", "clevr_count", "clevr_dist", "dsprites_loc", "dsprites_orient", "dtd", "euro_sat", "kitti_dist",
     "oxford_flowers", "oxford_pets", "patch_camelyon", "small_norb_azimuth", "small_norb_elevation", "sun397", "svhn")
@@ -336,7 +335,7 @@ def again(
     **changes,  # fields that differ
 ) -> Task:
     "Describe a task on the images of another one, with its own published scores."
-    paper, source = paper_columns(slug)
+    paper, source = _paper_columns(slug)
     return dataclasses.replace(ROWS[base], slug=slug, folder=ROWS[base].folder or base, paper=paper, paper_source=source, **changes)
 
 
@@ -539,8 +538,8 @@ def draw_images(
         order = order[np.argsort(turn, kind="stable")]
     return torch.from_numpy(np.sort(order[:n]))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #87fffeec
-def part(function, index, i): return function(int(index[i]))
+# %% ../../nbs/evaluate/50_tasks.ipynb #9c764bd0
+def _part(function, index, i): return function(int(index[i]))
 
 
 def subset(
@@ -549,9 +548,9 @@ def subset(
 ) -> TaskData:
     "Return some images of a task, as a task."
     rows = np.asarray(rows)
-    return TaskData(data.slug, data.split, data.classes, data.labels[rows], functools.partial(part, data.read, rows), functools.partial(part, data.name, rows))
+    return TaskData(data.slug, data.split, data.classes, data.labels[rows], functools.partial(_part, data.read, rows), functools.partial(_part, data.name, rows))
 
-
+# %% ../../nbs/evaluate/50_tasks.ipynb #851df908
 def open_task(
     slug: str,             # a slug of TASKS
     root="",               # folder that holds the data sets, each in a folder called by its slug; toy tasks need none
@@ -680,7 +679,7 @@ def train_transform(
     if views not in ("task", *VIEWS): raise ValueError(f"views must be task, {', '.join(VIEWS)}, not {views!r}")
     return functools.partial(augment, task_family(slug)._replace(**VIEWS.get(views, {})), eval_transform(slug, preprocess, size))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #51bcc174
+# %% ../../nbs/evaluate/50_tasks.ipynb #e5e14dac
 def check_split(
     row: Task,
     root,
@@ -709,7 +708,7 @@ def check_task(
         return "broken", " ".join(f"{type(error).__name__}: {error}".split())
     return ("differs", "; ".join(wrong)) if wrong else ("ready", f"{row.train:,} + {row.test:,} images")
 
-
+# %% ../../nbs/evaluate/50_tasks.ipynb #72ac415a
 def main(
     words=None,  # of the command line; None: the program's own
 ) -> int:
@@ -760,7 +759,7 @@ def open_torchvision(name, pretrained):
     model = drop_classifier(models.get_model(name, weights="DEFAULT" if pretrained else None))
     return model, IMAGENET_MEAN, IMAGENET_STD
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #d9e84973
+# %% ../../nbs/evaluate/50_tasks.ipynb #9421fb3d
 class TransformersBackbone(nn.Module):
     "Make a transformers vision model return features `[B, D]`."
 
@@ -777,7 +776,7 @@ class TransformersBackbone(nn.Module):
         if last.ndim == 4: return last.mean((2, 3))
         return last[:, 0] if self.class_token else last.mean(1)
 
-
+# %% ../../nbs/evaluate/50_tasks.ipynb #7d3ede41
 def open_transformers(name, pretrained):
     "Open a transformers model (hub name or local folder) as a backbone."
     hf = needed("transformers")
