@@ -459,7 +459,7 @@ def test_what_another_page_reads(slug, tmp_path, capsys):
 
 def test_pages_that_read():
     "All sets of these pages are there, each with a toy of its own to run on; and no page is named that the others do not."
-    pages = {"60_fairness_labels", "61_fairness_geography", "62_fairness_similarity", "63_copies", "64_geolocation", "65_words", "67_style"}
+    pages = {"60_fairness_labels", "61_fairness_geography", "62_fairness_similarity", "63_copies", "64_geolocation", "65_words", "66_memes", "67_style"}
     assert {tasks.ROWS[slug].page for slug in PAGED} == pages | {"57_detection"} == {tasks.ROWS[slug].page for slug in PAGED if tasks.is_toy(slug)} | {"57_detection"}
     assert all(np.isnan(tasks.ROWS[slug].chance) or tasks.ROWS[slug].page == "57_detection" for slug in PAGED)
     assert tasks.ROWS["rparis6k"].paper == {"copies": {"ResNet-50 supervised IN1K": 0.6931}} and tasks.ROWS["casual_conversations"].paper == tasks.ROWS["utk_faces"].paper == {}

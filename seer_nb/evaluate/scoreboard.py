@@ -326,7 +326,7 @@ def model_size(
     if not (name := network_in(model)): return None
     with torch.device("meta"): return count_parameters(RegNetY(REGNETY[name]))
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #3f331ee9
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #898a92fd
 def draw_scaling(
     table,    # of score_table; may be empty
     printed,  # of published_table
@@ -346,9 +346,9 @@ def draw_scaling(
             if points: ax.plot(*zip(*points), "Dos^v"[i % 5], ms=4, color=PALETTE["here"], label=f"{protocol}: measured here")
             if part.chance.notna().any(): ax.axhline(part.chance.dropna().iloc[0], color=PALETTE["chance"], ls="--", lw=1, label="chance")
         ax.set(xscale="log", xlim=(1e5, 2e10), title=f"{task} (toy)" if is_toy(task) else task)
+        if task in tasks[-columns:]: ax.set_xlabel("parameters", fontsize=9)
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     for ax in axes.flat[len(tasks):]: ax.set_visible(False)
-    fig.supxlabel("parameters", fontsize=9)
     fig.supylabel("score, %", fontsize=9)
     if handles: fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7)
     plt.close(fig)

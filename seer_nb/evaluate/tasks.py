@@ -389,7 +389,7 @@ add(real("copydays", "CopyDays, strong", 0, 0, 229, "uncut", "retrieval", STD + 
            "each picture has a licence of its own", "train: MP-16, test: " + name, protocol="geolocation", metric="within 25 km", chance=NAN, page="64_geolocation")
       for slug, name, n, where in (("im2gps", "Im2GPS", 237, "graphics.cs.cmu.edu/projects/im2gps"), ("im2gps3k", "Im2GPS3k", 2_997, "github.com/lugiavn/revisiting-im2gps"))))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #fe3a8579
+# %% ../../nbs/evaluate/50_tasks.ipynb #28727be3
 add(real("hashtags", "Pictures by hashtag, in many languages", 0, 0, 0, "natural", "words", "about: a collection of your own", "LANGUAGE/WORD/*.jpg, translations.csv",
          "collect your own: the authors' pictures and protocol are unpublished", "each picture has a licence of its own", "all pictures are test", protocol="words",
          metric="precision at 1", chance=NAN, page="65_words"),
@@ -399,7 +399,8 @@ add(real("hashtags", "Pictures by hashtag, in many languages", 0, 0, 0, "natural
 for slug, protocol, page, metric in (
         ("toy_people", "labels", "60_fairness_labels", "labelled non-human"), ("toy_households", "geography", "61_fairness_geography", "hit rate per household, top-5"),
         ("toy_retrieval", "similarity", "62_fairness_similarity", "precision at 10"), ("toy_copies", "copies", "63_copies", "mAP"),
-        ("toy_shapes", "detection", "57_detection", "box AP"), ("toy_places", "geolocation", "64_geolocation", "within 25 km"), ("toy_words", "words", "65_words", "precision at 1"), ("toy_style", "style", "67_style", "top-1")):
+        ("toy_places", "geolocation", "64_geolocation", "within 25 km"), ("toy_words", "words", "65_words", "precision at 1"), ("toy_memes", "memes", "66_memes", "ROC-AUC"),
+        ("toy_style", "style", "67_style", "top-1"), ("toy_shapes", "detection", "57_detection", "box AP")):
     add(Task(slug, protocol, "toy world", 0, 0, 0, "made by its page", metric, NAN, "square", "none: made by its page", "needs no download", TOY_LICENCE, {}, "", page=page))
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #e355c40e
