@@ -295,7 +295,7 @@ def test_a_thousand_images_have_a_row_of_their_own(tmp_path, toy, monkeypatch):
     by_name = {task: lowshot.run_lowshot(config(tmp_path / task, task=task)) for task in ("toy_count", "toy_count_40")}
     for results in by_name.values(): assert [r.task for r in results] == ["toy_count"] * 3 + ["toy_count_40"]
     assert [r.value for r in by_name["toy_count"]] == [r.value for r in by_name["toy_count_40"]] and len(set(by_name["toy_count_40"][-1].details["samples"])) > 1
-    assert [r.details["interval"] for r in results] == ["95 %, bootstrap over test images"] + ["lowest to highest of 2 samples of the labels"] * 3
+    assert [r.details["interval"] for r in results] == ["95 %, test images resampled"] + ["lowest to highest of 2 samples of the labels"] * 3
     assert lowshot.run_lowshot(config(tmp_path / "toy_count_40", task="toy_count_40")) == by_name["toy_count_40"] and len(toy) == 2      # measured once
     assert lowshot.run_lowshot(config(tmp_path, limit=30, protocols="limited"))[0].task == "toy_count"
 

@@ -7,8 +7,8 @@ __all__ = ['COLOURS', 'MAY_CHANGE', 'RECIPES', 'Head', 'Classifier', 'swav_layer
            'mix', 'learning_rate', 'FinetuneConfig', 'result_task', 'check_finetune', 'parameter_groups',
            'listed_images', 'training_images', 'Training', 'start_training', 'train_step', 'classification_loss',
            'train_loader', 'recompute', 'new_classifier', 'place_model', 'pack', 'network_numbers', 'step_key',
-           'Preempted', 'fit', 'score_images', 'save_finetuned', 'load_finetuned', 'finetune_settings', 'run_finetune',
-           'recipe']
+           'Preempted', 'agree_on_buffers', 'fit', 'score_images', 'save_finetuned', 'load_finetuned',
+           'finetune_settings', 'run_finetune', 'recipe']
 
 # %% ../../nbs/evaluate/55_finetune.ipynb #0639e508
 import dataclasses
@@ -410,7 +410,7 @@ def step_key(
     "Return a seed for PyTorch's generator."
     return int(stateless_rng(*key, 0, 58).integers(2**62))
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #82b3cbff
+# %% ../../nbs/evaluate/55_finetune.ipynb #f0134a5d
 class Preempted(RuntimeError):
     "The run was told to stop before its end, and has saved its state; the same call goes on."
 
@@ -438,6 +438,13 @@ def _loop(training, config, steps, batches, loss_of, rate, record, losses, watch
             losses, start = [], time.perf_counter()
         if save_now or told: manager.save(training.step, pack(training), {"scaler": training.scaler.state_dict(), "losses": losses} | network_numbers(training.model))
         if told: return
+
+# %% ../../nbs/evaluate/55_finetune.ipynb #00380622
+def agree_on_buffers(
+    model: nn.Module,  # changed in place, on every rank
+):
+    "Give all ranks the buffers of rank 0."
+    for buffer in model.buffers() if world_size() > 1 else (): dist.broadcast(buffer, 0)
 
 
 def fit(
@@ -468,6 +475,7 @@ def fit(
             with guarded(loader_at(training.step)) as batches:
                 _loop(training, config, steps, batches, loss_of, rate, record, losses, watchdog, request, manager)
         manager.wait()
+        agree_on_buffers(training.model)
         barrier()
     if training.step < steps: raise Preempted(f"told to stop; step {training.step} of {steps} is saved, and the same call goes on from there: run_dir {run.path}")
 

@@ -335,7 +335,7 @@ def result_task(
     limited = f"{base}_{config.limit}" if protocol == "limited" and not config.train_images else base
     return limited if limited in ROWS else base
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #866f0348
+# %% ../../nbs/evaluate/54_lowshot.ipynb #68cd574a
 def score_svm(
     features: TaskFeatures,
     config: LowShotConfig,
@@ -349,7 +349,7 @@ def score_svm(
     seconds, ap = time.perf_counter() - start, average_precision(scores, test)
     low, high = bootstrap_interval(mean_average_precision, scores.cpu(), test.cpu(), n_resamples=200, seed=config.seed)
     value, half = ap.nanmean().item(), (high - low) / 2
-    details = {"interval": "95 %, bootstrap over test images", "ap": [None if v != v else v for v in ap.tolist()], "cost": costs.tolist(), "validation": validated.amax(0).mean().item(), "map_11_point": mean_average_precision(scores, test, "11-point")}
+    details = {"interval": "95 %, test images resampled", "ap": [None if v != v else v for v in ap.tolist()], "cost": costs.tolist(), "validation": validated.amax(0).mean().item(), "map_11_point": mean_average_precision(scores, test, "11-point")}
     return Result(row.slug, config.model, "svm", settings, "mAP", value, value - half, value + half, len(test), round(seconds, 3),
                   chance_precision(test, config.seed), *paper_score(row.slug, config.paper_model, "svm"), config.seed, details), scores.cpu()
 
