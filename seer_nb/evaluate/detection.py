@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TOY_SHAPES', 'VOC_CLASSES', 'DETECTION', 'DetectionData', 'make_target', 'toy_shapes', 'read_toy_shapes', 'read_coco',
-           'voc_target', 'read_voc', 'open_detection', 'precision_area', 'match_claims', 'voc_average_precision',
-           'run_lengths', 'coco_dataset', 'coco_average_precision', 'Pyramid', 'freeze_batch_norm', 'DetectionConfig',
-           'detection_rate', 'open_detector', 'detection_loader', 'detection_loss', 'detect', 'run_detection']
+           'voc_target', 'read_voc', 'open_detection', 'match_claims', 'voc_average_precision', 'run_lengths',
+           'coco_dataset', 'coco_average_precision', 'Pyramid', 'freeze_batch_norm', 'DetectionConfig',
+           'check_detection', 'detection_rate', 'open_detector', 'detection_loader', 'detection_loss', 'detect',
+           'eleven_points', 'score_detection', 'run_detection']
 
-# %% ../../nbs/evaluate/57_detection.ipynb #4a8caccc
+# %% ../../nbs/evaluate/57_detection.ipynb #099269bd
 import contextlib
 import dataclasses
 import functools
@@ -31,8 +32,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from ..core import MetricLog, RunDir, did_you_mean, stateless_rng, write_atomic
 from ..distributed import barrier, gather_json, is_main, rank, setup, shutdown, world_size
 from .finetune import MAY_CHANGE, fit, place_model, recompute, save_finetuned, start_training
-from .linear import bootstrap_interval
-from .tasks import Result, append_result, find_result, needed, open_model, weights_hash
+from .metrics import bootstrap_interval, precision_area
+from .tasks import Result, append_result, find_result, missing_message, needed, open_model, paper_score, task_row, weights_hash
 from ..images import Samples, StatelessSampler, decode_image
 from ..multicrop import init_worker
 from ..regnet import RegNetY
@@ -169,12 +170,12 @@ def read_voc(
     return DetectionData("voc" + "".join(y[2:] for y in years) + "_detection", VOC_CLASSES, [f"{image.parent.parent.name}/{image.name}" for image, _ in rows],
                          lambda i: decode_image(rows[i][0]), lambda i: voc_target(rows[i][1]))
 
-# %% ../../nbs/evaluate/57_detection.ipynb #6d78d044
-DETECTION = {   # slug -> reader, names of its folder below root, metric
-    "toy_shapes": (read_toy_shapes, (), "box AP"),
-    "coco_detection": (read_coco, ("coco_detection", "coco", "COCO"), "box AP"),
-    "voc07_detection": (read_voc, ("voc07", "VOC07", "voc07_detection"), "box AP50"),
-    "voc0712_detection": (functools.partial(read_voc, years=("2007", "2012")), ("voc0712", "VOC0712", "voc07", "VOC07"), "box AP50"),
+# %% ../../nbs/evaluate/57_detection.ipynb #415c891d
+DETECTION = {   # slug -> reader, names of its folder below root
+    "toy_shapes": (read_toy_shapes, ()),
+    "coco_detection": (read_coco, ("coco_detection", "coco", "COCO")),
+    "voc07_detection": (read_voc, ("voc07_detection", "voc07", "VOC07")),
+    "voc0712_detection": (functools.partial(read_voc, years=("2007", "2012")), ("voc0712_detection", "voc0712", "VOC0712", "voc07", "VOC07")),
 }
 
 
@@ -187,30 +188,15 @@ def open_detection(
     "Open a split of a detection task. Raises `ValueError` for an unknown slug or number, and `FileNotFoundError` if the data set is not there."
     if slug not in DETECTION: raise ValueError(f"no detection task {slug!r}{did_you_mean(slug, DETECTION)}; there are {', '.join(DETECTION)}")
     if split not in ("train", "test"): raise ValueError(f"{slug} has the splits 'train' and 'test', not {split!r}")
-    read, folders, _ = DETECTION[slug]
+    read, folders = DETECTION[slug]
     top = next((Path(root) / name for name in folders if (Path(root) / name).is_dir()), Path(root))
     try: data = read(top, split)
-    except FileNotFoundError as error: raise FileNotFoundError(f"{slug} is not complete below {root}: there is no {error.filename}") from None
+    except FileNotFoundError as error: raise FileNotFoundError(missing_message(task_row(slug), root, error.filename)) from None
     if not 0 <= n <= len(data): raise ValueError(f"{slug} has {len(data)} {split} images, {n} were asked for")
     if n: data.names = data.names[:n]
     return data
 
-# %% ../../nbs/evaluate/57_detection.ipynb #db4ca612
-def precision_area(
-    hits,                  # [N] whether each claim was right, surest first
-    positives: int,        # objects that there are to find
-    eleven: bool = False,  # VOC 2007's eleven points, instead of the area
-) -> float:
-    "Return the average precision of one class; not a number if there is nothing to find."
-    if not positives: return float("nan")
-    hits = np.asarray(hits, bool)
-    found = hits.cumsum()
-    precision, recall = found / np.arange(1, len(hits) + 1), found / positives
-    precision = np.maximum.accumulate(precision[::-1])[::-1]                 # the best that any longer list has
-    if eleven: return float(np.mean([precision[recall >= r - 1e-9].max(initial=0) for r in np.linspace(0, 1, 11)]))
-    return float(np.sum(np.diff(recall, prepend=0) * precision))
-
-# %% ../../nbs/evaluate/57_detection.ipynb #3e16fa80
+# %% ../../nbs/evaluate/57_detection.ipynb #ddd9962c
 def match_claims(
     boxes: torch.Tensor,   # [N, 4] claimed, surest first, of one class in one image
     true: torch.Tensor,    # [K, 4]
@@ -228,12 +214,12 @@ def match_claims(
             taken.add(k)
     return verdicts
 
-
+# %% ../../nbs/evaluate/57_detection.ipynb #f3face9f
 def voc_average_precision(
     data: DetectionData,   # gives classes and targets
     results: list,         # COCO's form: image_id (number in data), category_id, bbox (left, top, width, height), score
     iou: float = 0.5,      # overlap from which a claim is right
-    eleven: bool = False,  # VOC 2007's eleven points
+    kind: str = "area",    # area (VOC from 2010) or 11-point (VOC 2007)
 ) -> list:
     "Return the average precision of every class; not a number for a class that is nowhere to be found."
     targets, claims = [data.target(i) for i in range(len(data))], {}
@@ -246,10 +232,10 @@ def voc_average_precision(
             positives += int((own & ~t["ignore"]).sum())
             boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (r["bbox"] for r in mine)]).reshape(-1, 4)
             rated += [(r["score"], hit) for r, hit in zip(mine, match_claims(boxes, t["boxes"][own], t["ignore"][own], iou)) if hit is not None]
-        scores.append(precision_area([hit for _, hit in sorted(rated, key=lambda pair: -pair[0])], positives, eleven))
+        scores.append(precision_area([hit for _, hit in sorted(rated, key=lambda pair: -pair[0])], positives, kind))
     return scores
 
-# %% ../../nbs/evaluate/57_detection.ipynb #bc3b69b7
+# %% ../../nbs/evaluate/57_detection.ipynb #1b21ecb9
 def run_lengths(
     segment,      # polygons or run lengths as in COCO, or a mask bool [H, W]
     shape: tuple,  # height and width of the image, pixels
@@ -262,7 +248,7 @@ def run_lengths(
     counts = coded["counts"]
     return {"size": list(coded["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
-
+# %% ../../nbs/evaluate/57_detection.ipynb #205d54db
 def coco_dataset(
     data: DetectionData,
     masks: bool = False,  # with outlines
@@ -276,7 +262,7 @@ def coco_dataset(
             if masks: notes[-1]["segmentation"] = run_lengths(segment, shape)
     return {"info": {}, "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(shapes)], "annotations": notes, "categories": [{"id": k, "name": name} for k, name in enumerate(data.classes, 1)]}
 
-
+# %% ../../nbs/evaluate/57_detection.ipynb #26791678
 def _evaluator(data, results, masks):
     "Return pycocotools' evaluation, with every image matched."
     coco, judge = needed("pycocotools.coco"), needed("pycocotools.cocoeval")
@@ -346,7 +332,7 @@ def freeze_batch_norm(
         else: freeze_batch_norm(child)
     return module
 
-# %% ../../nbs/evaluate/57_detection.ipynb #a83b6bd1
+# %% ../../nbs/evaluate/57_detection.ipynb #df7be72a
 @dataclasses.dataclass(frozen=True)
 class DetectionConfig:
     "Parameters of a detector's training; the defaults are VISSL's for RegNetY-128GF on COCO, but for the toy data."
@@ -355,7 +341,8 @@ class DetectionConfig:
     preset: str = ""                    # name of the parameter file, for the record
     model: str = "random:regnety_toy"   # backbone to start from, as in open_model; a RegNetY
     task: str = "toy_shapes"            # a key of DETECTION
-    root: str = ""                      # folder that holds the data set; toy shapes need none
+    root: str = ""                      # folder that holds the data sets; toy shapes need none
+    paper_model: str = ""               # published model to compare with; empty: none
     train_images: int = 0               # use only the first so many training images; 0: all
     test_images: int = 0                # use only the first so many test images; 0: all
     masks: bool = False                 # Mask R-CNN, which draws outlines too; False: Faster R-CNN
@@ -389,20 +376,25 @@ class DetectionConfig:
     checkpoint_every: int = 1000        # steps
     keep: int = 2                       # newest checkpoints kept, at least 2
 
-    def __post_init__(self):
-        def need(ok, message):
-            if not ok: raise ValueError(f"{type(self).__name__}: {message}")
-        for name, known in dict(task=DETECTION, batch_norm=("sync", "frozen"), precision=DTYPES).items():
-            need(getattr(self, name) in known, f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("width", "head_width", "anchor", "proposals", "rois", "batch_size", "steps", "log_every", "checkpoint_every", "test_batch", "resamples"):
-            need(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        need(self.lr > 0, f"lr must be above 0, got {self.lr}")
-        need(not (self.masks and self.task.startswith("voc")), "VOC has no outlines: masks must be false")
-        for name in ("sizes", "drops"):
-            need(all(word.isdigit() for word in getattr(self, name).split()), f"{name} are whole numbers, separated by spaces, got {getattr(self, name)!r}")
-        need(self.sizes.split(), "sizes is empty")
+# %% ../../nbs/evaluate/57_detection.ipynb #55110490
+def check_detection(
+    config: DetectionConfig,
+):
+    "Raise `ValueError` for a value that means nothing, for values that contradict each other, and for a task or a published score that does not exist."
+    def need(ok, message):
+        if not ok: raise ValueError(f"DetectionConfig: {message}")
+    for name, known in dict(task=DETECTION, batch_norm=("sync", "frozen"), precision=DTYPES).items():
+        need(getattr(config, name) in known, f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
+    paper_score(config.task, config.paper_model, "detection")
+    for name in ("width", "head_width", "anchor", "proposals", "rois", "batch_size", "steps", "log_every", "checkpoint_every", "test_batch", "resamples"):
+        need(getattr(config, name) >= 1, f"{name} must be at least 1, got {getattr(config, name)}")
+    need(config.lr > 0, f"lr must be above 0, got {config.lr}")
+    need(not (config.masks and config.task.startswith("voc")), "VOC has no outlines: masks must be false")
+    for name in ("sizes", "drops"):
+        need(all(word.isdigit() for word in getattr(config, name).split()), f"{name} are whole numbers, separated by spaces, got {getattr(config, name)!r}")
+    need(config.sizes.split(), "sizes is empty")
 
-
+# %% ../../nbs/evaluate/57_detection.ipynb #aa6c7e1b
 def detection_rate(
     step: int,  # from 0
     config: DetectionConfig,
@@ -434,7 +426,7 @@ def open_detector(
     detector.preprocess = p
     return recompute(detector, config.cuts)
 
-# %% ../../nbs/evaluate/57_detection.ipynb #e3848467
+# %% ../../nbs/evaluate/57_detection.ipynb #ef1463f1
 def _train_view(data, masks, pair, seed, index, epoch):
     "Return an image and its target, mirrored or not, as a function of (seed, image, epoch)."
     image, t = pair
@@ -450,7 +442,7 @@ def _train_view(data, masks, pair, seed, index, epoch):
         if masks: view["masks"] = view["masks"].flip(2)
     return image, {"boxes": boxes, **view}
 
-
+# %% ../../nbs/evaluate/57_detection.ipynb #ce4632a1
 def _lists(batch): return tuple(map(list, zip(*batch)))
 
 
@@ -514,25 +506,35 @@ def _coco_results(i, claims):
     for row, mask in zip(rows, claims.get("masks", [])): row["segmentation"] = run_lengths(mask[0].numpy() > 0.5, tuple(mask.shape[1:]))
     return rows
 
-# %% ../../nbs/evaluate/57_detection.ipynb #e78b99ab
-def _detection_result(config, settings, data, results, run, seconds):
-    "Make the record of a run: COCO's AP, for VOC the AP50 with eleven points; the interval is that of COCO's AP."
-    row, numbers = MetricLog(run.metrics).rows()[-1], coco_average_precision(data, results, resamples=config.resamples, seed=config.seed)
-    metric, value, details = DETECTION[config.task][2], numbers["AP"], {name: x for name, x in numbers.items() if name not in ("low", "high")}
-    low, high = numbers["low"], numbers["high"]
-    if metric == "box AP50":
-        def eleven(chosen):
-            where = {}
-            for n, i in enumerate(chosen.tolist()): where.setdefault(i, []).append(n)
-            part = DetectionData(data.slug, data.classes, [""] * len(chosen), None, lambda n: data.target(int(chosen[n])), lambda n: None)
-            return np.nanmean(voc_average_precision(part, [{**r, "image_id": n} for r in results for n in where.get(r["image_id"], [])], eleven=True))
-        value = float(eleven(np.arange(len(data))))
-        low, high = bootstrap_interval(eleven, np.arange(len(data)), n_resamples=config.resamples, seed=config.seed)
-    if config.masks: details["mask AP"] = coco_average_precision(data, results, masks=True)["AP"]
-    return Result(config.task, config.model, "detection", settings, metric, value, low, high, len(data), round(seconds, 3), 0.0, None, "", config.seed,
-                  details | {"train_loss": row["loss"], "steps": row["step"]})
+# %% ../../nbs/evaluate/57_detection.ipynb #22674ae0
+def eleven_points(
+    data: DetectionData,
+    results: list,        # as for voc_average_precision
+    chosen=None,          # numbers of test images, some of them twice; None: all, once
+) -> float:
+    "Return VOC 2007's score: the mean over classes of the AP50 with eleven points."
+    if chosen is None: return float(np.nanmean(voc_average_precision(data, results, kind="11-point")))
+    places = {}
+    for n, i in enumerate(chosen.tolist()): places.setdefault(i, []).append(n)
+    drawn = DetectionData(data.slug, data.classes, [""] * len(chosen), None, lambda n: data.target(int(chosen[n])), lambda n: None)
+    return eleven_points(drawn, [{**r, "image_id": n} for r in results for n in places.get(r["image_id"], [])])
 
 
+def score_detection(
+    data: DetectionData,
+    results: list,            # as for voc_average_precision; with masks each has a segmentation
+    config: DetectionConfig,  # the run: masks, resamples, seed
+) -> tuple:
+    "Return the score of the task's metric, the ends of its interval, and all of COCO's numbers."
+    numbers = coco_average_precision(data, results, resamples=config.resamples, seed=config.seed)
+    value, low, high = numbers["AP"], numbers.pop("low"), numbers.pop("high")
+    if task_row(config.task).metric == "box AP50":
+        value = eleven_points(data, results)
+        low, high = bootstrap_interval(lambda chosen: eleven_points(data, results, chosen), np.arange(len(data)), n_resamples=config.resamples, seed=config.seed)
+    if config.masks: numbers["mask AP"] = coco_average_precision(data, results, masks=True)["AP"]
+    return value, low, high, numbers
+
+# %% ../../nbs/evaluate/57_detection.ipynb #64b195c0
 def run_detection(
     config: DetectionConfig,
 ) -> Result:
@@ -541,13 +543,14 @@ def run_detection(
     Leaves `model.safetensors` (torchvision's names), `predictions.json` (COCO results), one line in `results.jsonl`, `metrics.jsonl` and `checkpoints/`. Raises `ValueError`, `FileNotFoundError` or
     `ImportError` before anything is written for a task, data set, model or package that is not there, and what `fit` raises.
     """
+    check_detection(config)
     needed("pycocotools")
     begun, device = time.perf_counter(), setup(config.device, config.timeout)
     data, test = (open_detection(config.task, config.root, split, n) for split, n in (("train", config.train_images), ("test", config.test_images)))
     detector, loader_at = open_detector(config, len(data.classes)), functools.partial(detection_loader, config, data)
     loader_at(0)                                                                  # refuses a batch that does not divide among the ranks
     run = RunDir(gather_json(str(RunDir(config.run_dir, "detection").path) if is_main() else "")[0])
-    where = {"run_dir", "seed", "preset", "model", "task", "root", *MAY_CHANGE}
+    where = {"run_dir", "seed", "preset", "model", "task", "root", "paper_model", *MAY_CHANGE}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in where} | {"weights": gather_json(weights_hash(detector.backbone.body) if is_main() else "")[0]}
     this = dict(task=config.task, model=config.model, protocol="detection", settings=settings, seed=config.seed)
     if gather_json(find_result(run.results, **this) is not None)[0]: return find_result(run.results, **this)
@@ -564,6 +567,8 @@ def run_detection(
         results = [r for n in range(world_size()) for r in json.loads((run.path / f"ranks/predictions_{n}.json").read_text())]
         save_finetuned(run)
         write_atomic(run.path / "predictions.json", json.dumps(results))
-        append_result(run.results, _detection_result(config, settings, test, results, run, time.perf_counter() - begun))
+        last, (value, low, high, numbers), row = MetricLog(run.metrics).rows()[-1], score_detection(test, results, config), task_row(config.task)
+        append_result(run.results, Result(row.slug, config.model, "detection", settings, row.metric, value, low, high, len(test), round(time.perf_counter() - begun, 3), 0.0,
+                                          *paper_score(row.slug, config.paper_model, "detection"), config.seed, numbers | {"train_loss": last["loss"], "steps": last["step"]}))
     barrier()
     return find_result(run.results, **this)
