@@ -186,3 +186,17 @@ def test_a_probe_is_trained_on_a_folder_per_label(tmp_path):
     result = fl.run_labels(config)
     assert result.details["families"] == {"Human": ["people"], "Non-Human": ["ape"]} and json.loads((tmp_path / "run/labels.json").read_text()) == ["ape", "people"]
     with pytest.raises(ValueError, match="no folders of images"): fl.run_labels(dataclasses.replace(config, run_dir=str(tmp_path / "x"), archive=str(tmp_path / "archive/ape")))
+
+
+HEAD = "ImageID,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepictionOf,IsInsideOf,GenderPresentation,AgePresentation\n"
+
+
+def test_the_official_list_of_miap(tmp_path):
+    Image.fromarray(np.zeros((340, 400, 3), np.uint8)).save(tmp_path / "0a1b.jpg")
+    (tmp_path / "boxes.csv").write_text(HEAD + "0a1b,/m/01g317,1,0.1,0.6,0.0,1.0,0,0,0,0,0,Predominantly Masculine,Unknown\n0a1b,/m/01g317,1,0.1,0.3,0.0,1.0,0,0,0,0,0,Unknown,Young\n")
+    people, counts = fl.read_miap(tmp_path)
+    assert counts == {"kept": 1, "smaller than 100 pixels": 1} and people.attributes == {"gender presentation": ["masculine"], "age presentation": [None], "picture": ["0a1b.jpg"]}
+    assert people.read(0).shape == (3, 200, 200)
+    for line in ("../0a1b,,1,0.1,0.6,0,1,0,0,0,0,0,,\n", "0a1b,,1,a,0.6,0,1,0,0,0,0,0,,\n", "0a1b\n"):
+        (tmp_path / "boxes.csv").write_text(HEAD + line)
+        with pytest.raises(ValueError, match="boxes.csv"): fl.read_miap(tmp_path)

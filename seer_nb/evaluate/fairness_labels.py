@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'THRESHOLDS', 'TOY_LABELS', 'MIN_BOX', 'GROUPINGS', 'paper_families', 'plain', 'label_families',
            'read_json', 'read_labels', 'read_mapping', 'top_predictions', 'family_fires', 'label_association_rates',
-           'toy_picture', 'toy_archive', 'box_verdict', 'square_part', 'read_box', 'read_miap', 'open_people',
-           'make_groupings', 'published_rates', 'LabelsConfig', 'open_archive', 'read_taxonomy', 'check_labels',
-           'chance_rate', 'label_settings', 'score_labels', 'run_labels', 'select', 'draw_labels']
+           'toy_picture', 'toy_archive', 'box_verdict', 'square_part', 'read_box', 'picture_size', 'official_boxes',
+           'read_miap', 'open_people', 'make_groupings', 'published_rates', 'LabelsConfig', 'open_archive',
+           'read_taxonomy', 'check_labels', 'chance_rate', 'label_settings', 'score_labels', 'run_labels', 'select',
+           'draw_labels']
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #58f9a09c
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #50204e16
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -18,22 +20,21 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from PIL import Image
 
 from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
 from .annotations import reading
-from .features import extract_features
-from .groups import (PLANTED, GroupRate, People, draw_rates, group_rates, join_groups, largest_gap, read_casual_conversations, read_records, stated, toy_figure,
-                                     toy_people)
+from .features import data_fingerprint, extract_features
+from .groups import (JSON_LIMIT, GroupRate, People, draw_rates, group_rates, join_groups, largest_gap, read_casual_conversations, read_records, stated,
+                                     toy_figure, toy_people)
 from .readers import below, folders, imagenet_classes, needed, read_image, subfolders
 from .robustness import fit_head, join, open_classifier, save_probe
 from .tasks import (Result, TaskData, append_result, choose, find_result, missing_message, open_model, pick_device, published_rows, subset, task_folder,
                                     task_row, weights_hash)
-from ..viz import PALETTE
+from ..images import FORMATS
 
 # %% ../../nbs/evaluate/60_fairness_labels.ipynb #74aa0d17
 FAMILIES = {
@@ -220,16 +221,38 @@ def read_box(read, boxes, rule, i):
     left, top, width, height = square_part(image.shape[2], image.shape[1], rule)
     return image[:, top:top + height, left:left + width]
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #59c5fef1
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #b4869896
+def picture_size(
+    path,  # of an image file
+) -> tuple:
+    "Return width and height of a picture as it is seen, from its header."
+    with Image.open(path, formats=FORMATS) as image:
+        return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+
+
+def official_boxes(
+    path,  # MIAP's list as it is published
+    root,  # holds the pictures, ImageID.jpg
+) -> list:
+    "Return the rows of the official list in the form of the JSON list, boxes in pixels. Raises `ValueError` for a row that is none and a name that leads out of `root`."
+    with reading(path):
+        if Path(path).stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
+        with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
+        sizes = {name: picture_size(Path(root, name)) for name in below(dict.fromkeys(f"{row['ImageID']}.jpg" for row in rows))}
+        corners = (("XMin", 0), ("YMin", 1), ("XMax", 0), ("YMax", 1))
+        return [row | {"path": f"{row['ImageID']}.jpg", "bbox": [float(row[c]) * sizes[f"{row['ImageID']}.jpg"][k] for c, k in corners]} for row in rows]
+
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #e7dca14a
 def read_miap(
-    root,                # holds the list of boxes, and the pictures that it names
+    root,                  # holds the list of boxes, .json or .csv, and the pictures that it names
     square: str = "code",  # see square_part
 ) -> tuple:
     """Read the persons of MIAP; return `People` with `gender presentation`, `age presentation` and `picture`, and how many boxes were kept or why not.
 
     Raises `FileNotFoundError` without a list, `ValueError` for a record without a box, a path that leads out of `root`, and if no box counts.
     """
-    path, rows = read_records(root)
+    lists = sorted(Path(root).glob("*.csv"))
+    path, rows = (lists[0], official_boxes(lists[0], root)) if len(lists) == 1 and not list(Path(root).glob("*.json")) else read_records(root)
     with reading(path):
         verdicts = [box_verdict(row) for row in rows]
         counts = {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
@@ -360,7 +383,7 @@ def check_labels(
     if not 1 <= config.top_k <= len(labels): raise ValueError(f"top_k = {config.top_k} of {len(labels)} labels")
     return people, counts, archive, labels, mapping, families
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #8232708f
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #b053ed8b
 def chance_rate(
     n_labels: int,    # C
     n_family: int,    # labels of the family
@@ -375,12 +398,13 @@ def label_settings(
     labels,         # of the classifier
     mapping: dict,  # label -> family
     weights: str,   # fingerprint of the classifier, or of the backbone below a probe that is trained here
-    names,          # of the pictures
+    people: People,
+    images: tuple,  # what is looked at: the people's, and the archive's if there is one
 ) -> dict:
     "Return what decides the numbers."
     own = {name: getattr(config, name) for name in ("image_size", "test_images", "archive", "train_images", "family", "threshold", "top_k", "min_size", "square", "bias")}
-    told = hashlib.sha256(json.dumps([list(labels), mapping, list(names)]).encode()).hexdigest()[:12]
-    return own | {"labels": len(labels), "told": told, "weights": weights}
+    told = hashlib.sha256(json.dumps([list(labels), mapping, people.attributes]).encode()).hexdigest()[:12]
+    return own | {"labels": len(labels), "told": told, "images": [data_fingerprint(data) for data in images], "weights": weights}
 
 
 def score_labels(
@@ -405,7 +429,7 @@ def score_labels(
     ours = lambda rows: [{k: v for k, v in row.items() if k not in head} for row in rows if head.items() <= row.items()]
     return {"headline": head, "rates": ours(rates), "gap": (ours(gaps) or [None])[0], "all_rates": rates, "all_gaps": gaps}
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #f04b6d20
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #8257ceee
 def run_labels(
     config: LabelsConfig,
 ) -> Result:
@@ -416,9 +440,9 @@ def run_labels(
     people, counts, archive, labels, mapping, families = check_labels(config)
     run, device, start = RunDir(config.run_dir, "fairness_labels"), pick_device(config.device), time.perf_counter()
     model = open_model(config.model, seed=config.seed, device=device) if archive else open_classifier(config.model, probe=config.probe, seed=config.seed, device=device)
-    settings = label_settings(config, labels, mapping, weights_hash(model), people.names)
-    if done := find_result(run.results, task=config.task, model=config.model, protocol="labels", settings=settings, seed=config.seed): return done
     seen = TaskData(config.task, "test", (), np.zeros(len(people.names)), people.read, people.names.__getitem__)
+    settings = label_settings(config, labels, mapping, weights_hash(model), people, (seen, archive) if archive else (seen,))
+    if done := find_result(run.results, task=config.task, model=config.model, protocol="labels", settings=settings, seed=config.seed): return done
     extract = functools.partial(extract_features, size=config.image_size, batch_size=config.extract_batch)
     head = fit_head(extract(model, archive), archive.labels, len(labels), seed=config.seed) if archive else None
     logits = extract(join(model, head.to(device)) if archive else model, seen)
