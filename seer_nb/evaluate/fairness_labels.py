@@ -354,7 +354,7 @@ def open_archive(
         data = TaskData("archive", "train", labels, listing.labels, listing.read, listing.names.__getitem__)
     return subset(data, choose(data.labels, config.train_images)) if 0 < config.train_images < len(data) else data
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #544e8dc7
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #b62c2857
 def read_taxonomy(
     config: LabelsConfig,
     archive,               # of open_archive, or None
@@ -372,6 +372,8 @@ def check_labels(
 ) -> tuple:
     "Check a configuration before anything is written; return the pictures of people, the counts of boxes, the archive or None, the labels, the mapping and the outputs of each family."
     if config.archive and config.probe: raise ValueError("give archive or probe, not both")
+    if not config.archive and not config.probe and config.model.partition(":")[0] in ("random", "transformers"):
+        raise ValueError(f"{config.model} has no classifier of its own: give an archive to train a probe on, or the file of a probe")
     if not 0 <= config.threshold <= 1: raise ValueError(f"threshold lies between 0 and 1, not at {config.threshold}")
     published_rates(config.paper_model, config.task) if config.paper_model else None
     square_part(1, 1, config.square)

@@ -123,7 +123,7 @@ def group_rates(
         rates.append(GroupRate(str(units.names[k]), int(units.counts[own].sum()), float(value), float(low), float(high), size < min_size))
     return rates
 
-# %% ../../nbs/evaluate/59_groups.ipynb #45b335fb
+# %% ../../nbs/evaluate/59_groups.ipynb #f987f7fc
 class Gap(NamedTuple):
     "The largest difference between two groups."
     highest: str       # group with the highest rate
@@ -148,7 +148,7 @@ def shuffled_rates(
     deals = (rng.permuted(np.tile(units.group, (m, 1)), axis=1) for m in chunk_sizes(n, len(units.group)))
     return np.concatenate([np.stack([(deal == k) @ units.sums / ((deal == k) @ units.counts) for k in range(G)], 1) for deal in deals])
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #a3886f47
 def largest_gap(
     values,                    # [N] one number per sample
     groups,                    # [N] names; `unknown` takes no part
