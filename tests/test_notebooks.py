@@ -17,7 +17,7 @@ from seer_nb.launch import notebook_name, parameters_of, read_params
 TOP = Path(__file__).resolve().parent.parent
 NBS = TOP / "nbs"
 FILES = sorted(p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if not {".ipynb_checkpoints", "runs"} & {*p.relative_to(TOP).parts})
-RUNS = [f for f in FILES if re.match(r"00_|33_|90_|evaluate/(5[1-9]|6)", f)]   # papermill runs these: the jobs, and every evaluation
+RUNS = [f for f in FILES if re.match(r"00_|33_|90_|evaluate/(5[1-8]|6)", f)]   # papermill runs these: the jobs, and every evaluation; 59 is their statistics
 PRESETS = sorted(p.relative_to(NBS).as_posix() for p in NBS.glob("params/**/*.y*ml"))
 BASE = {"torch", "torchvision", "numpy", "PIL", "cv2", "tqdm", "safetensors", "seer_nb"}   # the base install, by import name
 EXTRAS = {"jupyterlab", "papermill", "nbconvert", "nbformat", "nbclient", "seaborn", "matplotlib", "pandas", "ipywidgets", "submitit",
