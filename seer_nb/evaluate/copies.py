@@ -12,7 +12,7 @@ __all__ = ['CROPS', 'QUALITIES', 'ATTACKS', 'POOLINGS', 'ARRAY_NAMES', 'OTHER_CI
            'chance_precision', 'CopiesConfig', 'config_recipe', 'read_data', 'open_copies', 'copies_settings',
            'score_copies', 'run_copies']
 
-# %% ../../nbs/evaluate/63_copies.ipynb #36ac70f2
+# %% ../../nbs/evaluate/63_copies.ipynb #20ed8e83
 import dataclasses
 import io
 import math
@@ -31,7 +31,7 @@ from torch import nn
 from ..containers import _Object, _read_pickle
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
 from ..images import BadImage, ImageFiles, decode_image, open_images
-from ..toyworld import pictures, recolour
+from ..toyworld import pictures
 from ..weights import Preprocess
 from .features import eval_mode, image_name, read_tap, tap_features, tapped_module
 from .knn import nearest_neighbours
@@ -134,19 +134,19 @@ class Retrieval(NamedTuple):
     splits: dict         # name -> list of Wanted; each is scored separately
     headline: str        # the split whose mAP is the result
 
-# %% ../../nbs/evaluate/63_copies.ipynb #32b1a142
+# %% ../../nbs/evaluate/63_copies.ipynb #4327db15
 def region(
     rng: np.random.Generator,
     pixels: np.ndarray,   # uint8 [H, W, 3]
 ) -> torch.Tensor:
-    "Return a recoloured part of a picture in one of the proportions of photographs, uint8 [3, h, w]."
+    "Return a part of a picture in one of the proportions of photographs, uint8 [3, h, w]."
     tall, wide = [(1, 1), (4, 3), (3, 4), (3, 2), (2, 3)][rng.integers(5)]
     unit = min(pixels.shape[0] / tall, pixels.shape[1] / wide) * rng.uniform(0.6, 1)
     height, width = int(tall * unit), int(wide * unit)
     top, left = rng.integers(pixels.shape[0] - height + 1), rng.integers(pixels.shape[1] - width + 1)
-    return torch.from_numpy(recolour(rng, pixels[top:top + height, left:left + width])).permute(2, 0, 1)
+    return torch.from_numpy(pixels[top:top + height, left:left + width].copy()).permute(2, 0, 1)
 
-
+# %% ../../nbs/evaluate/63_copies.ipynb #49246c82
 def toy_copies(
     splits=ATTACKS,           # names of ATTACKS
     *,
@@ -398,7 +398,7 @@ class Chosen:
     def __getitem__(self, i): return self.images[self.index[i]]
     def name(self, i): return image_name(self.images, self.index[i])
 
-# %% ../../nbs/evaluate/63_copies.ipynb #5bf13059
+# %% ../../nbs/evaluate/63_copies.ipynb #65882b21
 def pool(
     maps: torch.Tensor,  # [B, C, h, w]
     recipe: Recipe,
@@ -418,7 +418,7 @@ def check_maps(
     height, width = maps.shape[2:]
     if width == 1 < height and shape[1] > 2 * shape[0] / height + 1: raise ValueError(f"the tap {tap} gives {height} tokens, not a map: choose a layer that gives [B, C, h, w], or pooling=mean")
 
-
+# %% ../../nbs/evaluate/63_copies.ipynb #c7591d65
 def region_batches(
     model: nn.Module,
     images,                # sequence of uint8 tensors [3, H, W]
@@ -518,7 +518,7 @@ def read_copydays(
         splits[read_split(name)].append(Wanted(i, originals[block], group=str(block)))
     return Retrieval(queries, database, training, {name: wanted for name, wanted in splits.items() if wanted}, "strong")
 
-# %% ../../nbs/evaluate/63_copies.ipynb #ae6955cf
+# %% ../../nbs/evaluate/63_copies.ipynb #e7e9bca8
 ARRAY_NAMES = re.compile(r"(numpy\.(core|_core)\.(multiarray|numeric)\.(_reconstruct|scalar|_frombuffer)|numpy\.(ndarray|dtype)|_codecs\.encode|(__builtin__|builtins)\.bytes)$")
 
 
@@ -537,13 +537,14 @@ def numbers_of(
         if any(type(x) not in (int, float) and not isinstance(x, np.number) for x in value): raise ValueError("a list holds other things than numbers")
         return np.array(value)
     if value.call.endswith(".scalar"): kind, raw = value.args
+    elif value.call.endswith("._frombuffer"): raw, kind, *_ = value.args
     elif value.call.endswith("._reconstruct"): _, _, kind, _, raw = value.state
     else: raise ValueError(f"an object made by {value.call}")
     name, order = str(kind.args[0]), str(kind.state[1])
     if not re.fullmatch(r"[iuf][1248]", name) or order not in tuple("<>=|"): raise ValueError(f"numbers of the type {name!r}")
     return np.frombuffer(raw_bytes(raw), order + name)
 
-# %% ../../nbs/evaluate/63_copies.ipynb #6facadb0
+# %% ../../nbs/evaluate/63_copies.ipynb #efa65d46
 def read_truth(
     path,  # gnd_roxford5k.pkl or gnd_rparis6k.pkl
 ) -> dict:
@@ -563,8 +564,8 @@ def read_truth(
         truth["gnd"] = [{key: numbers_of(row[key]) for key in ("bbx", "easy", "hard", "junk")} for row in said.value["gnd"]]
         for row in truth["gnd"]:
             for key in ("easy", "hard", "junk"):
+                if any(x != x // 1 or not 0 <= x < n for x in row[key]): raise ValueError(f"{key} names others than the {n} images there are")
                 row[key] = row[key].astype(np.int64)
-                if len(row[key]) and not 0 <= row[key].min() <= row[key].max() < n: raise ValueError(f"{key} names images beyond the {n} there are")
             if row["bbx"].shape != (4,) or not np.isfinite(row["bbx"]).all(): raise ValueError("a box has not four numbers")
         if len(truth["gnd"]) != len(truth["qimlist"]): raise ValueError(f"{len(truth['gnd'])} lists for {len(truth['qimlist'])} queries")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
@@ -590,7 +591,7 @@ def read_revisited(
     queries = Chosen(files(truth["qimlist"]), range(len(rows)), [row["bbx"] for row in rows])
     return Retrieval(queries, files(truth["imlist"]), open_images(other) if other.is_dir() else (), splits, "medium")
 
-# %% ../../nbs/evaluate/63_copies.ipynb #c24c41c1
+# %% ../../nbs/evaluate/63_copies.ipynb #f257a25b
 class Scores(NamedTuple):
     "How well the queries of a split were answered."
     precision: np.ndarray  # [Q] average precision, NaN without a right image
@@ -613,7 +614,7 @@ def score_queries(
     scored = lambda plain: np.array([query_precision(at, len(w.positives), plain) if len(w.positives) else np.nan for at, w in zip(found, wanted)])
     return Scores(scored(False), scored(True), np.array([[precision_at(at, k) for k in (1, 5, 10)] for at in found]), ranks[:, :7].clone())
 
-
+# %% ../../nbs/evaluate/63_copies.ipynb #b8224295
 def grouped_mean(
     values,    # [Q]; NaN: left out
     groups,    # [Q] texts
@@ -675,7 +676,7 @@ def config_recipe(
     check_recipe(recipe := Recipe(config.tap, config.pooling, config.levels, config.power, config.image_size, scales))
     return recipe
 
-# %% ../../nbs/evaluate/63_copies.ipynb #de71b117
+# %% ../../nbs/evaluate/63_copies.ipynb #2ab7875a
 def read_data(
     config: CopiesConfig,
 ) -> Retrieval:
@@ -694,7 +695,7 @@ def open_copies(
     "Open the data of a configuration, with the wanted splits only. Raises `ValueError` for splits that are not there, `FileNotFoundError` that says where to get a data set."
     names = config.splits.split()
     data = read_data(config)
-    if missing := [name for name in names if name not in data.splits]: raise ValueError(f"{config.task} has no split {missing[0]!r}{did_you_mean(missing[0], ATTACKS)}; splits: {', '.join(data.splits)}")
+    if missing := [name for name in names if name not in data.splits]: raise ValueError(f"{config.task} has no split {missing[0]!r}{did_you_mean(missing[0], data.splits)}; splits: {', '.join(data.splits)}")
     splits = {name: wanted for name, wanted in data.splits.items() if not names or name in names}
     if data.headline not in splits: raise ValueError(f"the result of {config.task} is the mAP of {data.headline!r}: name it among the splits")
     data = data._replace(splits=splits, training=open_images(config.whitening_images) if config.whitening_images else data.training)
@@ -711,7 +712,7 @@ def copies_settings(
     names = ("image_size", "tap", "pooling", "levels", "power", "scales", "whitening", "whitening_images", "splits", "distractors", "depth")
     return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training) if config.whitening else 0, "weights": weights}
 
-# %% ../../nbs/evaluate/63_copies.ipynb #c901c37d
+# %% ../../nbs/evaluate/63_copies.ipynb #31ec2cbb
 def score_copies(
     model: nn.Module,
     data: Retrieval,
@@ -736,7 +737,7 @@ def score_copies(
                          time.perf_counter() - start, splits=splits, dimensions=queries.shape[1])
     return dataclasses.replace(result, chance=chance_precision(data.splits[data.headline], len(data.database), config.seed)), best
 
-
+# %% ../../nbs/evaluate/63_copies.ipynb #5cba5730
 def run_copies(
     config: CopiesConfig,
 ) -> Result:
