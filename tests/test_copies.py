@@ -438,7 +438,7 @@ def test_cut_and_foreign_files_are_refused(tmp_path):
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_a_run_on_copydays(tree, tmp_path):
-    config = CopiesConfig(run_dir=str(tmp_path / "run"), task="copydays", root=str(tree), image_size=64, whitening=16, paper_model="SEER RegNet10B", tap="res3")
+    config = CopiesConfig(run_dir=str(tmp_path / "run"), task="copydays", root=str(tree), image_size=64, whitening=16, paper_model="SEER 10B", tap="res3")
     result = copies.run_copies(config)
     splits = result.details["splits"]
     assert splits["original"]["mAP"] == 1 and splits["jpegqual_30"]["mAP"] > splits["strong"]["mAP"] == result.value > result.chance

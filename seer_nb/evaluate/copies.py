@@ -712,7 +712,7 @@ def copies_settings(
     names = ("image_size", "tap", "pooling", "levels", "power", "scales", "whitening", "whitening_images", "splits", "distractors", "depth")
     return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training) if config.whitening else 0, "weights": weights}
 
-# %% ../../nbs/evaluate/63_copies.ipynb #31ec2cbb
+# %% ../../nbs/evaluate/63_copies.ipynb #d2992f69
 def score_copies(
     model: nn.Module,
     data: Retrieval,
@@ -720,7 +720,7 @@ def score_copies(
     settings: dict | None = None,  # for the record; None: copies_settings
 ) -> tuple:
     "Describe all images, search, and score; return the `Result` and the `Scores` of the headline split."
-    how, recipe = {"batch_size": config.extract_batch, "desc": "images"}, config_recipe(config)
+    how, recipe = {"batch_size": config.extract_batch, "desc": "" if is_toy(config.task) else "images"}, config_recipe(config)
     used = sorted({w.query for wanted in data.splits.values() for w in wanted})
     whitening = fit_whitening(model, data.training, recipe, config.whitening, **how) if config.whitening else None
     queries, database = (describe(model, images, recipe, whitening, **how) for images in (Chosen(data.queries, used), data.database))
@@ -737,7 +737,7 @@ def score_copies(
                          time.perf_counter() - start, splits=splits, dimensions=queries.shape[1])
     return dataclasses.replace(result, chance=chance_precision(data.splits[data.headline], len(data.database), config.seed)), best
 
-# %% ../../nbs/evaluate/63_copies.ipynb #5cba5730
+# %% ../../nbs/evaluate/63_copies.ipynb #375e9b4e
 def run_copies(
     config: CopiesConfig,
 ) -> Result:
@@ -746,7 +746,7 @@ def run_copies(
     A result that is already there for the same settings and weights is returned. Raises `ValueError` before anything is written for a task, split, model, recipe, backend or
     published model that does not exist, and `FileNotFoundError` for data that are not there.
     """
-    check_config(config)
+    check_config(config, "copies")
     config_recipe(config)
     data = open_copies(config)
     search(torch.ones(1, 1), torch.ones(1, 1), 0, config.backend)                      # is it there?
