@@ -428,6 +428,20 @@ def test_lists_that_mean_nothing_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="gnd_roxford5k.pkl is not a ground truth of revisitop"): copies.read_truth(path)
 
 
+def test_small_files_do_not_become_large(tmp_path):
+    "An array of a trillion bytes that are not there; one list of 200,000 entries named 2,000 times."
+    path, row = tmp_path / "gnd_roxford5k.pkl", {"bbx": [0, 0, 1, 1], "easy": np.array([0]), "hard": [], "junk": []}
+    text = pickle.dumps({"imlist": ["a"], "qimlist": ["q"], "gnd": [row]}, protocol=3)
+    raw = pickle.dumps(np.array([0]).tobytes(), protocol=3)[2:-3]
+    assert text.count(raw) == 1
+    path.write_bytes(text.replace(raw, pickle.dumps(2**40, protocol=3)[2:-1]))
+    with pytest.raises(ValueError, match="an array without bytes"): copies.read_truth(path)
+    many = row | {"easy": [0] * 200_000}
+    path.write_bytes(pickle.dumps({"imlist": ["a"], "qimlist": ["q"] * 2000, "gnd": [many] * 2000}))
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(ValueError, match="millions of entries"): copies.read_truth(path)
+
+
 def test_cut_and_foreign_files_are_refused(tmp_path):
     whole = pickle.dumps({"imlist": ["a"], "qimlist": [], "gnd": []})
     for content in (whole[:-5], b"", b"PK\3\4 a zip"):

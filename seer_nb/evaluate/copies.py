@@ -518,13 +518,14 @@ def read_copydays(
         splits[read_split(name)].append(Wanted(i, originals[block], group=str(block)))
     return Retrieval(queries, database, training, {name: wanted for name, wanted in splits.items() if wanted}, "strong")
 
-# %% ../../nbs/evaluate/63_copies.ipynb #e7e9bca8
+# %% ../../nbs/evaluate/63_copies.ipynb #40b701c6
 ARRAY_NAMES = re.compile(r"(numpy\.(core|_core)\.(multiarray|numeric)\.(_reconstruct|scalar|_frombuffer)|numpy\.(ndarray|dtype)|_codecs\.encode|(__builtin__|builtins)\.bytes)$")
 
 
 def raw_bytes(value) -> bytes:
     "Return the bytes of an array, as protocols of pickle write them."
     if isinstance(value, _Object): value = value.args[0] if value.args else ""
+    if not isinstance(value, (str, bytes, bytearray)): raise ValueError("an array without bytes")
     return value.encode("latin1") if isinstance(value, str) else bytes(value)
 
 
@@ -544,7 +545,7 @@ def numbers_of(
     if not re.fullmatch(r"[iuf][1248]", name) or order not in tuple("<>=|"): raise ValueError(f"numbers of the type {name!r}")
     return np.frombuffer(raw_bytes(raw), order + name)
 
-# %% ../../nbs/evaluate/63_copies.ipynb #efa65d46
+# %% ../../nbs/evaluate/63_copies.ipynb #96b43e9f
 def read_truth(
     path,  # gnd_roxford5k.pkl or gnd_rparis6k.pkl
 ) -> dict:
@@ -561,10 +562,12 @@ def read_truth(
         raise ValueError(f"{path.name} asks to call {bad[0][:100]}, which no list of pictures needs: loaded with pickle, it would run a program. Nothing was run")
     try:
         n, truth = len(said.value["imlist"]), {name: below(said.value[name]) for name in ("imlist", "qimlist")}
-        truth["gnd"] = [{key: numbers_of(row[key]) for key in ("bbx", "easy", "hard", "junk")} for row in said.value["gnd"]]
-        for row in truth["gnd"]:
+        truth["gnd"], entries = [], 0
+        for row in said.value["gnd"]:
+            truth["gnd"].append(row := {key: numbers_of(row[key]) for key in ("bbx", "easy", "hard", "junk")})
+            if (entries := entries + sum(map(len, row.values()))) > 3_000_000: raise ValueError("its lists have millions of entries")      # one list can be named often
             for key in ("easy", "hard", "junk"):
-                if any(x != x // 1 or not 0 <= x < n for x in row[key]): raise ValueError(f"{key} names others than the {n} images there are")
+                if not ((row[key] == np.floor(row[key])) & (row[key] >= 0) & (row[key] < n)).all(): raise ValueError(f"{key} names others than the {n} images there are")
                 row[key] = row[key].astype(np.int64)
             if row["bbx"].shape != (4,) or not np.isfinite(row["bbx"]).all(): raise ValueError("a box has not four numbers")
         if len(truth["gnd"]) != len(truth["qimlist"]): raise ValueError(f"{len(truth['gnd'])} lists for {len(truth['qimlist'])} queries")
