@@ -216,6 +216,19 @@ def test_run_on_the_authors_format(authors, tmp_path):
     with pytest.raises(ValueError, match="other parameters"): geo.run_geography(dataclasses.replace(config, top_k=1))
 
 
+def test_a_classifier_of_other_classes_with_its_own_map(authors, tmp_path):
+    "A thousand outputs, and a label map of one's own that says which of them are right."
+    (tmp_path / "map.json").write_text('{"999": ["beds"], "504": ["cups"]}')
+    probe = geo.open_model("random:regnety_toy")
+    geo.save_probe(tmp_path / "probe.safetensors", torch.nn.Linear(352, 1000), probe)
+    config = geo.GeographyConfig(run_dir=str(tmp_path / "run"), task="dollar_street", root=str(tmp_path), image_size=32, probe=str(tmp_path / "probe.safetensors"), label_map=str(tmp_path / "map.json"))
+    result = geo.run_geography(config)
+    assert result.details["classes"] == 1000 and result.details["photographs"] == 4 and result.chance == pytest.approx(5 / 1000)
+    guesses, kept = np.load(tmp_path / "run/guesses.npy"), np.load(tmp_path / "run/photographs.npy")
+    hits = [right in row for right, row in zip([999, 504, 999, 504], guesses.tolist())]
+    assert kept.tolist() == [0, 1, 2, 3] and np.load(tmp_path / "run/hits.npy").tolist() == hits
+
+
 def test_other_photographs_are_another_result(authors, tmp_path):
     train(authors, 3)
     config = geo.GeographyConfig(run_dir=str(tmp_path / "run"), task="dollar_street", root=str(tmp_path), image_size=32, train_folder="train", top_k=2)
@@ -229,6 +242,7 @@ def test_a_classifier_of_other_classes_is_refused(authors, tmp_path):
     train(authors, 2)                               # the label map speaks of a class 2
     with pytest.raises(ValueError, match="class 2"):
         geo.run_geography(geo.GeographyConfig(run_dir=str(tmp_path / "run"), task="dollar_street", root=str(tmp_path), image_size=32, train_folder="train", top_k=2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_data_say_where_to_get_them(tmp_path, authors):

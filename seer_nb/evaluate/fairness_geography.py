@@ -8,8 +8,8 @@ __all__ = ['INCOMES', 'INCOME_BORDERS', 'REGIONS', 'TOY_THINGS', 'TOY_REGIONS', 
            'read_authors_format', 'read_mlcommons_format', 'read_dollar_street', 'toy_thing', 'save_image',
            'make_toy_households', 'read_label_map', 'right_classes', 'fit_folder_probe', 'as_task', 'best_guesses',
            'income_curve', 'draw_incomes', 'mean_place', 'draw_map', 'published_rates', 'GeographyConfig',
-           'check_geography', 'open_households', 'group_details', 'score_geography', 'geography_settings',
-           'run_geography', 'draw_groups']
+           'check_geography', 'open_households', 'group_details', 'count_classes', 'score_geography',
+           'geography_settings', 'run_geography', 'draw_groups']
 
 # %% ../../nbs/evaluate/61_fairness_geography.ipynb #7796ee62
 import ast
@@ -419,7 +419,7 @@ def draw_map(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #e821eff0
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #3580388e
 def published_rates(
     model: str = "",  # as printed; empty: all models
 ) -> dict:
@@ -428,7 +428,7 @@ def published_rates(
     for row in published_rows():
         if row["benchmark"] == "Dollar Street" and row["metric"].startswith("accuracy %, "):
             group = row["metric"].removeprefix("accuracy %, ").removeprefix("income ")
-            found.setdefault(row["model"], {"source": row["source"]})[group] = float(row["value"]) / 100
+            found.setdefault(row["model"], {"source": row["source"]})[group] = round(float(row["value"]) / 100, 6)
     if model and model not in found: raise ValueError(f"no published hit rates of {model!r}{did_you_mean(model, found)}; published: {', '.join(found)}")
     return {model: found[model]} if model else found
 
@@ -480,7 +480,7 @@ def open_households(
         return photographs, None if own else read_label_map(path)
     except FileNotFoundError as error: raise FileNotFoundError(missing_message(row, config.root, error.filename or str(error))) from None
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #5fdf0679
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #39d45647
 def group_details(
     values,         # [H] rates
     groups,         # [H] names
@@ -496,6 +496,17 @@ def group_details(
             "paper": {rate.group: paper[rate.group] for rate in known if rate.group in paper}}
 
 
+def count_classes(
+    model: nn.Module,          # classifier
+    photographs: Photographs,  # the first one is looked at
+    config: GeographyConfig,
+) -> int:
+    "Return how many classes a classifier has. Raises `ValueError` for fewer than `top_k`."
+    n = extract_features(model, as_task(photographs, config.task, [0]), size=config.image_size).shape[1]
+    if n < config.top_k: raise ValueError(f"top_k = {config.top_k} guesses of {n} classes")
+    return n
+
+
 def score_geography(
     model: nn.Module,          # classifier
     photographs: Photographs,
@@ -505,7 +516,7 @@ def score_geography(
 ) -> tuple:
     "Score a classifier; return the `Result`, the numbers of the photographs that count `[M]`, their guesses `[M, top_k]` and their hits `[M]`."
     start, row, how = time.perf_counter(), task_row(config.task), {"size": config.image_size, "batch_size": config.extract_batch}
-    n_classes = extract_features(model, as_task(photographs, config.task, [0]), **how).shape[1]
+    n_classes = count_classes(model, photographs, config)
     kept, targets = right_classes(photographs, label_map, n_classes)
     guesses = best_guesses(model, as_task(photographs, config.task, kept), config.top_k, **how)
     hits, chance = concept_hits(guesses, targets, config.top_k), chance_hit_rates([len(right) for right in targets], n_classes, config.top_k)
@@ -526,7 +537,7 @@ def score_geography(
                     round(time.perf_counter() - start, 3), float((np.bincount(which, chance) / homes.photographs).mean()), None, "", config.seed, details)
     return result, kept, guesses, hits
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #e961a119
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #3e003014
 def geography_settings(
     config: GeographyConfig,
     weights: str,  # fingerprint of the classifier, or of the backbone below a probe that is trained here
@@ -552,6 +563,7 @@ def run_geography(
         raise FileNotFoundError(f"{Path(folder, config.train_folder)} is missing: train_folder needs one subfolder of labelled images per class")
     if config.train_folder: model = open_model(config.model, seed=config.seed, device=device)
     else: model = open_classifier(config.model, probe=config.probe, seed=config.seed, device=device)
+    if not toy: right_classes(photographs, label_map, len(subfolders(Path(folder, config.train_folder))) if config.train_folder else count_classes(model, photographs, config))
     data = f"toy, bias {config.toy_bias}" if toy else data_fingerprint(as_task(photographs, config.task, range(len(photographs.names))))
     settings = geography_settings(config, weights_hash(model), data)
     done = find_result(run.results, task=config.task, model=config.model, protocol="geography", settings=settings, seed=config.seed)

@@ -7,7 +7,7 @@ __all__ = ['UTK_NAME', 'attribute_precision', 'answerable', 'chance_precision', 
            'as_task', 'published_precisions', 'SimilarityConfig', 'read_ks', 'check_similarity', 'open_people',
            'groupings', 'grouping_details', 'score_similarity', 'run_similarity', 'draw_precisions']
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #7a6acf69
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #77fbaed2
 import dataclasses
 import functools
 import io
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
-from .features import data_fingerprint, extract_features, read_tap
+from .features import data_fingerprint, extract_features, read_tap, tapped_module
 from .groups import (AGE_GROUPS, GroupRate, People, UNKNOWN, disparity_ratio, draw_rates, group_rates, is_missing, join_groups, largest_gap, make_toy_people, rate_table,
                                      read_casual_conversations, toy_figure)
 from .knn import nearest_neighbours
@@ -119,7 +119,7 @@ def as_task(
     "Return pictures of people as a task without labels, which the feature extraction takes."
     return TaskData(slug, "test", (), np.full(len(people.names), -1), people.read, people.names.__getitem__)
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #3e9bba3d
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #dcf0d6d2
 def published_precisions(
     model: str = "",  # as printed; empty: all models
 ) -> dict:
@@ -128,7 +128,7 @@ def published_precisions(
     for row in published_rows():
         if row["metric"].startswith("precision % (K unknown), "):
             group = row["metric"].removeprefix("precision % (K unknown), ").replace(" ", " × ")
-            found.setdefault(row["model"], {"source": row["source"]})[group] = float(row["value"]) / 100
+            found.setdefault(row["model"], {"source": row["source"]})[group] = round(float(row["value"]) / 100, 6)
     if model and model not in found: raise ValueError(f"no published precision of {model!r}{did_you_mean(model, found)}; published: {', '.join(found)}")
     return {model: found[model]} if model else found
 
@@ -240,7 +240,7 @@ def score_similarity(
                     float(chance.mean()), None, "", config.seed, details)
     return result, precision
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #d04090f7
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #c37c6c10
 def run_similarity(
     config: SimilarityConfig,
 ) -> Result:
@@ -253,7 +253,9 @@ def run_similarity(
     run, toy, how = RunDir(config.run_dir, "fairness_similarity"), config.task == "toy_retrieval", {"size": config.image_size, "batch_size": config.extract_batch}
     if not toy: queries, faces, malformed = open_people(config)
     data = f"toy, bias {config.toy_bias}" if toy else " ".join(data_fingerprint(as_task(people, config.task)) for people in (queries, faces))
+    if not toy and read_ks(config.ks)[-1] > len(faces.names): raise ValueError(f"ks = {config.ks!r}: choose neighbours between 1 and the {len(faces.names)} of the database")
     model = open_model(config.model, seed=config.seed, device=pick_device(config.device))
+    tapped_module(model, read_tap(config.tap)[0])
     settings = {name: getattr(config, name) for name in ("image_size", "tap", "ks", "min_people", "paper_model")} | {"data": data, "weights": weights_hash(model)}
     done = find_result(run.results, task=config.task, model=config.model, protocol="similarity", settings=settings, seed=config.seed)
     if done: return done
