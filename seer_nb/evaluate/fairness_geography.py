@@ -11,7 +11,7 @@ __all__ = ['INCOMES', 'INCOME_BORDERS', 'REGIONS', 'TOY_THINGS', 'TOY_REGIONS', 
            'check_geography', 'open_households', 'group_details', 'count_classes', 'score_geography',
            'geography_settings', 'run_geography', 'draw_groups']
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #7796ee62
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #75b0bc53
 import ast
 import csv
 import dataclasses
@@ -31,11 +31,11 @@ from torch import nn
 
 from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
 from .features import data_fingerprint, extract_features
-from .groups import UNKNOWN, disparity_ratio, draw_rates, group_rates, join_groups, largest_gap, rate_table, read_json, GroupRate
-from .linear import fit_logistic, standardize, sweep_l2
+from .groups import UNKNOWN, disparity_ratio, draw_rates, group_rates, join_groups, largest_gap, rate_table, GroupRate
+from .annotations import reading
 from .metrics import mean_interval
 from .readers import below, find, folders, image_names, needed, read_image, subfolders
-from .robustness import join, open_classifier, save_probe
+from .robustness import fit_head, join, open_classifier, save_probe
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, open_model, pick_device, published_rows, task_folder, task_row,
                                     weights_hash)
 
@@ -143,7 +143,7 @@ def photograph_of(
     "Return what tells photographs apart: the last part, after a hyphen, of the file name without its ending."
     return str(url).rsplit("/", 1)[-1].split(".")[0].rsplit("-", 1)[-1]
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #d91dbc55
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #07f5d52c
 def read_authors_format(
     root,  # folder with metadata_full_dollar_street.json and images/LABEL/_ID.jpg (or .png, …)
 ) -> Photographs:
@@ -151,7 +151,9 @@ def read_authors_format(
 
     Raises `FileNotFoundError` if the metadata or all images are missing, `ValueError` for an entry without the published keys, and for a household with two incomes.
     """
-    entries = read_json(find(root, "metadata_full_dollar_street.json"))
+    with reading(path := find(root, "metadata_full_dollar_street.json")):
+        entries = json.loads(path.read_bytes())
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries): raise ValueError("it is not a list of JSON objects")
     images = find(root, "images")
     on_disk = {name.rsplit(".", 1)[0]: f"images/{name}" for folder in subfolders(images) for name in image_names(images, folder)}
     found, income, missing = {}, {}, 0
@@ -304,7 +306,7 @@ def right_classes(
     if highest >= n_classes: raise ValueError(f"class {highest} is asked for, but the classifier has only {n_classes}: give the label map that belongs to it")
     return kept, [right[i] for i in kept]
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #818e7147
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #5bf61a22
 def fit_folder_probe(
     backbone: nn.Module,    # images [B, 3, H, W] -> features [B, D]
     folder,                 # one subfolder of images per class
@@ -318,15 +320,8 @@ def fit_folder_probe(
     classes = subfolders(folder)
     if len(classes) < 2: raise ValueError(f"{folder} needs one subfolder of images per class, it has {len(classes)}")
     listing = folders(folder, {name: k for k, name in enumerate(classes)}, classes)
-    features = extract_features(backbone, TaskData(slug, "train", classes, listing.labels, listing.read, listing.names.__getitem__), size=size, batch_size=batch_size).double()
-    x, zeros, ones = standardize(features, torch.zeros_like(features[:1]), torch.ones_like(features[:1]))    # x = features * (ones - zeros) + zeros
-    labels = torch.as_tensor(listing.labels)
-    l2, _ = sweep_l2(x, labels, len(classes), np.geomspace(1e-5, 10, 7).tolist(), seed=seed)
-    fit, head = fit_logistic(x, labels, len(classes), l2=l2), nn.Linear(features.shape[1], len(classes))
-    with torch.no_grad():
-        head.weight.copy_(((ones - zeros).T * fit.weight).T)
-        head.bias.copy_(fit.bias + (zeros @ fit.weight)[0])
-    return head.requires_grad_(False)
+    images = TaskData(slug, "train", classes, listing.labels, listing.read, listing.names.__getitem__)
+    return fit_head(extract_features(backbone, images, size=size, batch_size=batch_size), images.labels, len(classes), seed=seed)
 
 # %% ../../nbs/evaluate/61_fairness_geography.ipynb #a4649da9
 def as_task(
@@ -480,7 +475,7 @@ def open_households(
         return photographs, None if own else read_label_map(path)
     except FileNotFoundError as error: raise FileNotFoundError(missing_message(row, config.root, error.filename or str(error))) from None
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #39d45647
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #4b90a51c
 def group_details(
     values,         # [H] rates
     groups,         # [H] names
@@ -533,6 +528,7 @@ def score_geography(
                           (("income", income), ("region", region), ("income × region", join_groups(income, region)))},
                "over_photographs": float(hits.mean()), "photographs": len(kept), "classes": n_classes, "households": rows,
                "left_out": {**photographs.left_out, "no class for the concept": len(photographs.names) - len(kept)}, "paper_source": paper.get("source", "")}
+    details |= {key: details["groups"]["income"][key] for key in ("rates", "gap")}      # the headline
     result = Result(row.slug, config.model, "geography", settings, row.metric, float(homes.rates.mean()), *mean_interval(homes.rates, seed=config.seed), len(rows),
                     round(time.perf_counter() - start, 3), float((np.bincount(which, chance) / homes.photographs).mean()), None, "", config.seed, details)
     return result, kept, guesses, hits
