@@ -255,7 +255,7 @@ def toy(monkeypatch):
         y = targets if task == "toy_voc" else labels
         return TaskFeatures(task, classes, x[:300].float(), y[:300], x[300:].float(), y[300:], "w")
 
-    rows = ROWS | {"toy_voc": dataclasses.replace(toy_row("toy_count"), slug="toy_voc", metric="mAP", paper={"seer": 0.9}, paper_source="a table")}
+    rows = ROWS | {"toy_voc": dataclasses.replace(toy_row("toy_count"), slug="toy_voc", metric="mAP", paper={"svm": {"seer": 0.9}}, paper_source="a table")}
     monkeypatch.setattr("seer_nb.evaluate.tasks.ROWS", rows)
     monkeypatch.setattr(lowshot, "drawn_features", drawn_features)
     monkeypatch.setattr(lowshot, "open_task", lambda task, root, split, n: TaskData(task, split, classes, (targets if task == "toy_voc" else labels)[:300], None))

@@ -557,7 +557,7 @@ def _finetune_result(config, settings, scores, labels, run, seconds):
     row = task_row(config.task)
     measured = measure(row.metric, scores, labels, seed=config.seed)
     last = MetricLog(run.metrics).rows()[-1]
-    return Result(row.slug, config.model, "finetune", settings, row.metric, *measured, len(scores), round(seconds, 3), row.chance, *paper_score(row.slug, config.paper_model), config.seed,
+    return Result(row.slug, config.model, "finetune", settings, row.metric, *measured, len(scores), round(seconds, 3), row.chance, *paper_score(row.slug, config.paper_model, "finetune"), config.seed,
                   {"train_loss": last["loss"], "steps": last["step"]})
 
 
@@ -569,7 +569,7 @@ def run_finetune(
     Leaves `model.safetensors`, `scores.npy` (logits of the test images), one line in `results.jsonl`, `metrics.jsonl` and `checkpoints/`. Raises `ValueError` before anything
     is written for a task, model, list or published model that does not exist, and what `fit` raises.
     """
-    check_config(config)
+    check_config(config, "finetune")
     begun, device = time.perf_counter(), setup(config.device, config.timeout)
     data, test = training_images(config), open_task(config.task, config.root, "test", n=config.test_images)
     model, loader_at = open_classifier(config, len(data.classes)), functools.partial(train_loader, config, data)

@@ -373,10 +373,9 @@ def score_svm(
     seconds, ap = time.perf_counter() - start, average_precision(scores, test)
     low, high = bootstrap_interval(mean_average_precision, scores.cpu(), test.cpu(), n_resamples=200, seed=config.seed)
     value, half = ap.nanmean().item(), (high - low) / 2
-    paper = row.paper.get(config.paper_model) if row.metric == "mAP" else None
     details = {"ap": [None if v != v else v for v in ap.tolist()], "cost": costs.tolist(), "validation": validated.amax(0).mean().item(), "map_11_point": mean_average_precision(scores, test, "11-point")}
     return Result(row.slug, config.model, "svm", settings, "mAP", value, value - half, value + half, len(test), round(seconds, 3),
-                  chance_precision(test, config.seed), paper, paper_score(row.slug, config.paper_model)[1] if paper is not None else "", config.seed, details), scores.cpu()
+                  chance_precision(test, config.seed), *paper_score(row.slug, config.paper_model, "svm"), config.seed, details), scores.cpu()
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #b8a45413
 def score_samples(
@@ -453,7 +452,7 @@ def run_lowshot(
     A result that is already there for the same settings and weights is not measured again. Raises `ValueError` before anything is written for a task, model, protocol or published model that does
     not exist, and for samples larger than the training set has images.
     """
-    check_config(config)
+    check_config(config, "svm")
     lowshot_jobs(config, "")
     read_tap(config.tap)
     train = open_task(config.task, config.root, "train", n=config.train_images)
