@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import hypergeom
 
 from seer_nb.evaluate import fairness_geography as geo
-from seer_nb.evaluate.tasks import read_results
+from seer_nb.evaluate.tasks import open_model, read_results
 
 torch.set_num_threads(1)
 
@@ -219,7 +219,7 @@ def test_run_on_the_authors_format(authors, tmp_path):
 def test_a_classifier_of_other_classes_with_its_own_map(authors, tmp_path):
     "A thousand outputs, and a label map of one's own that says which of them are right."
     (tmp_path / "map.json").write_text('{"999": ["beds"], "504": ["cups"]}')
-    probe = geo.open_model("random:regnety_toy")
+    probe = open_model("random:regnety_toy")
     geo.save_probe(tmp_path / "probe.safetensors", torch.nn.Linear(352, 1000), probe)
     config = geo.GeographyConfig(run_dir=str(tmp_path / "run"), task="dollar_street", root=str(tmp_path), image_size=32, probe=str(tmp_path / "probe.safetensors"), label_map=str(tmp_path / "map.json"))
     result = geo.run_geography(config)

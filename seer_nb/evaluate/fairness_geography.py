@@ -11,7 +11,7 @@ __all__ = ['INCOMES', 'INCOME_BORDERS', 'REGIONS', 'TOY_THINGS', 'TOY_REGIONS', 
            'check_geography', 'open_households', 'group_details', 'count_classes', 'score_geography',
            'geography_settings', 'run_geography', 'draw_groups']
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #75b0bc53
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #c3743af7
 import ast
 import csv
 import dataclasses
@@ -19,25 +19,24 @@ import functools
 import io
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import nn
 
-from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
-from .features import data_fingerprint, extract_features
-from .groups import UNKNOWN, disparity_ratio, draw_rates, group_rates, join_groups, largest_gap, rate_table, GroupRate
+from ..core import RunDir, did_you_mean, stateless_rng, write_atomic
 from .annotations import reading
+from .features import data_fingerprint, extract_features
+from .groups import UNKNOWN, GroupRate, disparity_ratio, draw_rates, group_rates, join_groups, largest_gap
 from .metrics import mean_interval
 from .readers import below, find, folders, image_names, needed, read_image, subfolders
 from .robustness import fit_head, join, open_classifier, save_probe
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, open_model, pick_device, published_rows, task_folder, task_row,
                                     weights_hash)
+from ..viz import PALETTE
 
 # %% ../../nbs/evaluate/61_fairness_geography.ipynb #072568de
 class HitRates(NamedTuple):
@@ -357,7 +356,7 @@ def income_curve(
     counts = np.broadcast_to(np.asarray(counts, float), np.shape(rates))
     return (counts * rates) @ weight.T / (counts @ weight.T)
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #1dca2ae4
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #93f5ff52
 def draw_incomes(
     homes,              # dicts with income and rate
     title: str = "",
@@ -366,7 +365,6 @@ def draw_incomes(
 ):
     "Draw the hit rate of every household over its income, their running mean with a 95 % band, and the borders of the buckets; return the figure."
     plt = needed("matplotlib.pyplot", "notebooks")
-    from seer_nb.viz import PALETTE
     income, rate = (np.array([home[key] for home in homes if home["income"] and home["income"] > 0], float) for key in ("income", "rate"))
     if not len(income): raise ValueError("no household has an income")
     at = np.geomspace(income.min(), income.max(), 60)

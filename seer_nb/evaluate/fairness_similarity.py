@@ -7,7 +7,7 @@ __all__ = ['UTK_NAME', 'attribute_precision', 'answerable', 'chance_precision', 
            'as_task', 'published_precisions', 'SimilarityConfig', 'read_ks', 'check_similarity', 'open_people',
            'groupings', 'grouping_details', 'score_similarity', 'run_similarity', 'draw_precisions']
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #77fbaed2
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #deb51d22
 import dataclasses
 import functools
 import io
@@ -17,18 +17,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
-from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
+from ..core import RunDir, did_you_mean, stateless_rng, write_atomic
 from .features import data_fingerprint, extract_features, read_tap, tapped_module
-from .groups import (AGE_GROUPS, GroupRate, People, UNKNOWN, disparity_ratio, draw_rates, group_rates, is_missing, join_groups, largest_gap, make_toy_people, rate_table,
+from .groups import (AGE_GROUPS, GroupRate, People, UNKNOWN, disparity_ratio, draw_rates, group_rates, is_missing, join_groups, largest_gap, make_toy_people,
                                      read_casual_conversations, toy_figure)
 from .knn import nearest_neighbours
-from .metrics import mean_interval
 from .readers import needed, read_image
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, open_model, pick_device, published_rows, task_folder, task_row, weights_hash)
+from ..viz import PALETTE
 
 # %% ../../nbs/evaluate/62_fairness_similarity.ipynb #b2d5dc4c
 def attribute_precision(
@@ -186,7 +184,7 @@ def open_people(
         if slug == "casual_conversations": queries = found
     return queries, *found
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #1920aabb
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #5ac0343d
 def groupings(
     queries: People,
 ) -> dict:
@@ -235,6 +233,7 @@ def score_similarity(
                "by_k": {str(k): float(v.mean()) for k, v in values.items()}, "database": counts, "people": len(set(people)),
                "left_out": {"gender not recorded": sum(map(is_missing, gender)), "gender not in the database": int((~known).sum()) - sum(map(is_missing, gender)), "malformed names": list(malformed)},
                "paper_source": paper.get("source", "")}
+    details |= {key: details["groups"]["gender × skin tone"][key] for key in ("rates", "gap")}      # the headline
     whole = group_rates(values[10], ["all"] * len(people), clusters=people, seed=config.seed)[0]
     result = Result(row.slug, config.model, "similarity", settings, row.metric, whole.value, whole.low, whole.high, int(known.sum()), round(time.perf_counter() - start, 3),
                     float(chance.mean()), None, "", config.seed, details)
@@ -271,14 +270,13 @@ def run_similarity(
     append_result(run.results, result)
     return result
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #7396d820
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #7790088a
 def draw_precisions(
     groups: dict,     # name -> of grouping_details
     title: str = "",
 ):
     "Draw precision at 10 of every grouping with its interval, what a random search finds as a grey line, and printed numbers as diamonds; return the figure."
     plt = needed("matplotlib.pyplot", "notebooks")
-    from seer_nb.viz import PALETTE
     fig, axes = plt.subplots(2, 2, figsize=(9, 4), sharex=True, layout="constrained")
     for ax, (name, found) in zip(axes.flat, groups.items()):
         order = {group: n for n, group in enumerate(AGE_GROUPS)}
