@@ -38,7 +38,7 @@ from .tasks import (Result, TaskData, append_result, find_result, missing_messag
                                     weights_hash)
 from ..viz import PALETTE
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #072568de
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #4d331e8e
 class HitRates(NamedTuple):
     "How well each household is recognised."
     households: np.ndarray   # [H] names, sorted
@@ -67,7 +67,7 @@ def household_hit_rates(
     *,
     top_k: int = 5,    # guesses that count
 ) -> HitRates:
-    """Return the hit rate of each household (arXiv 2202.07603, §4.2).
+    """Return the hit rate of each household (arXiv 2202.07603, indicator 2).
 
     A photograph listed under several concepts counts once, and is a hit if any of its entries is.
     """

@@ -28,7 +28,7 @@ from .readers import needed, read_image
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, open_model, pick_device, published_rows, task_folder, task_row, weights_hash)
 from ..viz import PALETTE
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #b2d5dc4c
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #db8c6f84
 def attribute_precision(
     query_features,       # [N, D] array or tensor
     query_attribute,      # [N] names; a missing one is None, "", nan or unknown
@@ -37,7 +37,7 @@ def attribute_precision(
     ks=(1, 5, 10, 50),    # neighbours that are looked at
     **how,                # device, chunk, block of nearest_neighbours
 ) -> dict:
-    """Return K -> share of the K nearest of the database with the query's attribute, float64 `[N]`, by cosine similarity (arXiv 2202.07603, §4.3).
+    """Return K -> share of the K nearest of the database with the query's attribute, float64 `[N]`, by cosine similarity (arXiv 2202.07603, indicator 3).
 
     nan where the query's attribute is missing or does not occur in the database. Raises `ValueError` for a missing attribute in the database, for shapes that do not fit, and for K outside 1..M.
     """
