@@ -415,7 +415,7 @@ def test_bad_configurations_leave_no_folder(tmp_path):
 
 
 def test_scoreboard_groups_seeds_and_keeps_kinds_apart():
-    rows = [a_result(seed=s, value=v, settings={"k": 20, "weights": w}) for s, v, w in [(0, 0.9, "old"), (0, 0.4, "a"), (1, 0.5, "b"), (2, 0.6, "c")]]
+    rows = [a_result(seed=s, value=v, settings={"k": 20, "weights": w}) for s, v, w in [(0, 0.9, "a"), (0, 0.4, "a"), (1, 0.5, "b"), (2, 0.6, "c")]]
     rows += [a_result(settings={"k": 200, "weights": "a"}), a_result(task="dtd", paper=0.8, paper_source="a table")]
     table = scoreboard.score_table(rows)
     first = table.iloc[0]

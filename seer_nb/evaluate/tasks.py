@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'MODELS', 'PRINTED_PROTOCOLS', 'FRACTION', 'STD', 'TFDS', 'NAN', 'VAL', 'SEEDED',
            'OOD', 'LIMITED_TASKS', 'CC_GET', 'PEOPLE', 'REVISITED', 'toy_images', 'READERS', 'NO_EPOCH', 'FAMILIES',
-           'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy', 'published_rows', 'model_name',
-           'printed_protocol', 'percent_to_fraction', 'error_to_fraction', 'paper_scores', 'paper_columns', 'real',
-           'add', 'again', 'task_table', 'published', 'task_row', 'printed_as', 'paper_score', 'TaskData',
-           'task_folder', 'missing_message', 'draw_images', 'part', 'subset', 'open_task', 'Family', 'TaskPreprocess',
-           'task_family', 'eval_transform', 'augment', 'train_transform', 'check_split', 'check_task', 'main',
-           'drop_classifier', 'open_timm', 'open_torchvision', 'TransformersBackbone', 'open_transformers',
-           'pick_device', 'open_model', 'weights_hash', 'Result', 'paper_text', 'append_result', 'read_results',
-           'find_result']
+           'VIEWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy', 'published_rows',
+           'model_name', 'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table', 'published',
+           'task_row', 'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message', 'draw_images',
+           'subset', 'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment',
+           'train_transform', 'check_split', 'check_task', 'main', 'drop_classifier', 'open_timm', 'open_torchvision',
+           'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model', 'weights_hash', 'Result',
+           'paper_text', 'append_result', 'read_results', 'find_result']
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #bc8443e0
 import argparse
@@ -41,12 +40,12 @@ from ..regnet import REGNETY, regnety
 from ..toyworld import TOY_TASKS, toy_task
 from ..weights import Preprocess, load_backbone
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #444b5886
+# %% ../../nbs/evaluate/50_tasks.ipynb #ba21101a
 @dataclasses.dataclass(frozen=True)
 class Task:
     "One benchmark: a row of `TASKS`."
     slug: str          # VISSL's folder name, e.g. clevr_count; ours begin with toy_
-    protocol: str      # pages that use it: linear, knn, …
+    protocol: str      # how it is measured: linear, knn, …
     dataset: str       # name of the data set
     classes: int       # number of classes; 0: there are none
     train: int         # number of training images
@@ -155,13 +154,13 @@ def printed_protocol(
     name = next((name for begin, inside, name in PRINTED_PROTOCOLS if text.startswith(begin) and inside in text), "other")
     return "finetune" if name == "robustness" and row["benchmark"] == "ImageNet-1k" else name     # ImageNet itself, drawn beside its shifted versions
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #b21f71bf
-def percent_to_fraction(x): return x / 100
-def error_to_fraction(x): return 1 - x / 100
+# %% ../../nbs/evaluate/50_tasks.ipynb #fc2935fe
+def _percent(x): return x / 100
+def _error(x): return 1 - x / 100
 
 
-FRACTION = dict.fromkeys(("top-1 acc %", "top-1 acc % (rounded)", "accuracy %", "kNN top-1 %", "mAP", "mAP medium", "% within 25 km", "box AP (best)"), percent_to_fraction) | {
-    "error %": error_to_fraction, "top-1 error %": error_to_fraction, "ROC-AUC": float}
+FRACTION = dict.fromkeys(("top-1 acc %", "top-1 acc % (rounded)", "accuracy %", "kNN top-1 %", "mAP", "mAP medium", "% within 25 km", "box AP (best)"), _percent) | {
+    "error %": _error, "top-1 error %": _error, "ROC-AUC": float}
 
 
 def paper_scores(
@@ -175,11 +174,11 @@ def paper_scores(
         scores.setdefault(printed_protocol(row), {}).setdefault(model_name(row), (score, row["source"]))
     return scores
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #bd9e3dcb
+# %% ../../nbs/evaluate/50_tasks.ipynb #8f18422b
 STD, TFDS, NAN = "not re-checked", "TFDS", float("nan")
 
 
-def paper_columns(slug):
+def _paper_columns(slug):
     "The columns `paper` and `paper_source` of a task."
     scores = paper_scores(slug)
     return ({protocol: {model: score for model, (score, _) in known.items()} for protocol, known in scores.items()},
@@ -194,7 +193,7 @@ def real(
 ) -> Task:
     "Describe a real data set as a row, with the published scores."
     task = Task(slug, "linear, knn", dataset, classes, train, test, split, "top-1", 1 / classes if classes else NAN, transform, layout, get, licence,
-                *paper_columns(slug), group, checked)
+                *_paper_columns(slug), group, checked)
     return dataclasses.replace(task, **changes)
 
 
@@ -324,7 +323,7 @@ add(real("imagenet_a", "ImageNet-A", 200, 0, 7_500, "natural", "robustness", TFD
          "50,273 in all: a repository; 18,574 not re-checked",
          "objectnet-1.0/{images,mappings}/", "objectnet.dev: objectnet-1.0.zip, password on the site", "CC BY 4.0, and: never train on it", **OOD))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #aeca76cb
+# %% ../../nbs/evaluate/50_tasks.ipynb #54b05675
 LIMITED_TASKS = (   # VISSL's low-shot suite
     "caltech101", "cifar100", "clevr_count", "clevr_dist", "dsprites_loc", "dsprites_orient", "dtd", "euro_sat", "kitti_dist",
     "oxford_flowers", "oxford_pets", "patch_camelyon", "small_norb_azimuth", "small_norb_elevation", "sun397", "svhn")
@@ -336,7 +335,7 @@ def again(
     **changes,  # fields that differ
 ) -> Task:
     "Describe a task on the images of another one, with its own published scores."
-    paper, source = paper_columns(slug)
+    paper, source = _paper_columns(slug)
     return dataclasses.replace(ROWS[base], slug=slug, folder=ROWS[base].folder or base, paper=paper, paper_source=source, **changes)
 
 
@@ -350,6 +349,9 @@ add(*(again(base, f"{base}_1000", train=1000, limit=1000, protocol="finetune, li
     again("voc07", "voc07_lowshot", protocol="lowshot", group="few labels", split="1 to 96 positive images per class, five draws; test"),
     again("places205", "places205_lowshot", protocol="lowshot", group="few labels", split="k images per class, five draws; validation images test"),
     again("voc07", "voc07_detection", protocol="detection", group="detection", metric="box AP50", chance=0.0, transform="uncut", page="57_detection"),
+    again("voc07", "voc0712_detection", train=16_551, split="trainval of 2007 and 2012; test of 2007", get=ROWS["voc07"].get + "; …/voc2012: VOCtrainval_11-May-2012.tar",
+          layout="VOCdevkit/{VOC2007,VOC2012}/{Annotations,ImageSets,JPEGImages}/", checked=STD, protocol="detection", group="detection", metric="box AP50", chance=0.0,
+          transform="uncut", page="57_detection"),
     real("coco_detection", "COCO 2017", 80, 118_287, 5_000, "uncut", "detection", STD,
          "train2017/, val2017/, annotations/instances_{train,val}2017.json", "cocodataset.org",
          "labels CC BY 4.0, pictures Flickr's terms", VAL, protocol="detection", metric="box AP", chance=0.0, page="57_detection"))
@@ -387,7 +389,7 @@ add(real("copydays", "CopyDays, strong", 0, 0, 229, "uncut", "retrieval", STD + 
            "each picture has a licence of its own", "train: MP-16, test: " + name, protocol="geolocation", metric="within 25 km", chance=NAN, page="64_geolocation")
       for slug, name, n, where in (("im2gps", "Im2GPS", 237, "graphics.cs.cmu.edu/projects/im2gps"), ("im2gps3k", "Im2GPS3k", 2_997, "github.com/lugiavn/revisiting-im2gps"))))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #9b78ca31
+# %% ../../nbs/evaluate/50_tasks.ipynb #28727be3
 add(real("hashtags", "Pictures by hashtag, in many languages", 0, 0, 0, "natural", "words", "about: a collection of your own", "LANGUAGE/WORD/*.jpg, translations.csv",
          "collect your own: the authors' pictures and protocol are unpublished", "each picture has a licence of its own", "all pictures are test", protocol="words",
          metric="precision at 1", chance=NAN, page="65_words"),
@@ -398,7 +400,7 @@ for slug, protocol, page, metric in (
         ("toy_people", "labels", "60_fairness_labels", "labelled non-human"), ("toy_households", "geography", "61_fairness_geography", "hit rate per household, top-5"),
         ("toy_retrieval", "similarity", "62_fairness_similarity", "precision at 10"), ("toy_copies", "copies", "63_copies", "mAP"),
         ("toy_places", "geolocation", "64_geolocation", "within 25 km"), ("toy_words", "words", "65_words", "precision at 1"), ("toy_memes", "memes", "66_memes", "ROC-AUC"),
-        ("toy_style", "style", "67_style", "top-1")):
+        ("toy_style", "style", "67_style", "top-1"), ("toy_shapes", "detection", "57_detection", "box AP")):
     add(Task(slug, protocol, "toy world", 0, 0, 0, "made by its page", metric, NAN, "square", "none: made by its page", "needs no download", TOY_LICENCE, {}, "", page=page))
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #e355c40e
@@ -537,8 +539,8 @@ def draw_images(
         order = order[np.argsort(turn, kind="stable")]
     return torch.from_numpy(np.sort(order[:n]))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #87fffeec
-def part(function, index, i): return function(int(index[i]))
+# %% ../../nbs/evaluate/50_tasks.ipynb #9c764bd0
+def _part(function, index, i): return function(int(index[i]))
 
 
 def subset(
@@ -547,9 +549,9 @@ def subset(
 ) -> TaskData:
     "Return some images of a task, as a task."
     rows = np.asarray(rows)
-    return TaskData(data.slug, data.split, data.classes, data.labels[rows], functools.partial(part, data.read, rows), functools.partial(part, data.name, rows))
+    return TaskData(data.slug, data.split, data.classes, data.labels[rows], functools.partial(_part, data.read, rows), functools.partial(_part, data.name, rows))
 
-
+# %% ../../nbs/evaluate/50_tasks.ipynb #851df908
 def open_task(
     slug: str,             # a slug of TASKS
     root="",               # folder that holds the data sets, each in a folder called by its slug; toy tasks need none
@@ -640,7 +642,7 @@ def eval_transform(
     return TaskPreprocess(**fields | dict(size=round(size * family.shorter), crop=size, warp=family.warp, pad=family.pad,
                                           interpolation=family.interpolation or preprocess.interpolation))
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #993af15b
+# %% ../../nbs/evaluate/50_tasks.ipynb #25e221da
 def augment(
     family: Family,
     transform: TaskPreprocess,  # of the test images
@@ -662,15 +664,23 @@ def augment(
     return image.flip(-1) if mirror and family.flip else image
 
 
+VIEWS = {"crop": dict(random_crop=True, flip=True), "flip": dict(random_crop=False, flip=True), "none": dict(random_crop=False, flip=False)}   # whatever the task says
+
+
 def train_transform(
     slug: str,                              # of a task
     preprocess: Preprocess = Preprocess(),  # of the model
     size: int = 224,                        # side of the square, pixels
+    views: str = "task",                    # what is random: task (as the paper does for this task), or a key of VIEWS
 ):
-    "Return `view(image, seed, index, epoch)`, the task's training augmentation: uint8 [3, H, W] to uint8 [3, size, size]."
-    return functools.partial(augment, task_family(slug), eval_transform(slug, preprocess, size))
+    """Return `view(image, seed, index, epoch)`, a training augmentation: uint8 [3, H, W] to uint8 [3, size, size].
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #51bcc174
+    Raises `ValueError` for other views.
+    """
+    if views not in ("task", *VIEWS): raise ValueError(f"views must be task, {', '.join(VIEWS)}, not {views!r}")
+    return functools.partial(augment, task_family(slug)._replace(**VIEWS.get(views, {})), eval_transform(slug, preprocess, size))
+
+# %% ../../nbs/evaluate/50_tasks.ipynb #e5e14dac
 def check_split(
     row: Task,
     root,
@@ -699,7 +709,7 @@ def check_task(
         return "broken", " ".join(f"{type(error).__name__}: {error}".split())
     return ("differs", "; ".join(wrong)) if wrong else ("ready", f"{row.train:,} + {row.test:,} images")
 
-
+# %% ../../nbs/evaluate/50_tasks.ipynb #72ac415a
 def main(
     words=None,  # of the command line; None: the program's own
 ) -> int:
@@ -750,7 +760,7 @@ def open_torchvision(name, pretrained):
     model = drop_classifier(models.get_model(name, weights="DEFAULT" if pretrained else None))
     return model, IMAGENET_MEAN, IMAGENET_STD
 
-# %% ../../nbs/evaluate/50_tasks.ipynb #d9e84973
+# %% ../../nbs/evaluate/50_tasks.ipynb #9421fb3d
 class TransformersBackbone(nn.Module):
     "Make a transformers vision model return features `[B, D]`."
 
@@ -767,7 +777,7 @@ class TransformersBackbone(nn.Module):
         if last.ndim == 4: return last.mean((2, 3))
         return last[:, 0] if self.class_token else last.mean(1)
 
-
+# %% ../../nbs/evaluate/50_tasks.ipynb #7d3ede41
 def open_transformers(name, pretrained):
     "Open a transformers model (hub name or local folder) as a backbone."
     hf = needed("transformers")
