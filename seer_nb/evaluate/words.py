@@ -7,8 +7,8 @@ __all__ = ['THINGS', 'SYLLABLES', 'INVISIBLE', 'TABLE_LIMIT', 'toy_table', 'coun
            'mean_embeddings', 'directions', 'numbered', 'translation_ranks', 'translation_pairs',
            'translation_precision', 'translation_chance', 'permutation_p_value', 'picture_draws', 'shifted_interval',
            'center_languages', 'own_language_share', 'project', 'drawable', 'draw_map', 'nearest_words', 'plain',
-           'read_table', 'folders_by_word', 'shared_files', 'read_hashtags', 'draw_some', 'write_words', 'WordsConfig',
-           'open_words', 'words_settings', 'score_words', 'check_words', 'run_words']
+           'read_table', 'folders_by_word', 'shared_files', 'words_in_folders', 'draw_some', 'read_hashtags',
+           'write_words', 'WordsConfig', 'open_words', 'words_settings', 'score_words', 'check_words', 'run_words']
 
 # %% ../../nbs/evaluate/65_words.ipynb #7d148064
 import csv
@@ -241,7 +241,7 @@ def own_language_share(
     nearest = (x @ x.T).fill_diagonal_(-2).argmax(1).cpu().numpy()
     return float((language[nearest] == language).mean()), float(((np.bincount(language)[language] - 1) / (len(language) - 1)).mean())
 
-# %% ../../nbs/evaluate/65_words.ipynb #f976ff4d
+# %% ../../nbs/evaluate/65_words.ipynb #4d1f9fed
 def project(
     embeddings,        # [W, D]
     how: str = "pca",  # or tsne, with scikit-learn
@@ -257,7 +257,7 @@ def project(
     if how != "tsne": raise ValueError(f"a map is drawn by pca or tsne, not {how!r}")
     return needed("sklearn.manifold", "notebooks").TSNE(perplexity=min(30, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
 
-
+# %% ../../nbs/evaluate/65_words.ipynb #58502446
 def drawable(
     word: str,
 ) -> bool:
@@ -354,7 +354,7 @@ def read_table(
         if twice := [name for name in names if names.count(name) > 1]: raise ValueError(f"two rows are called {twice[0]!r}: add a column called concept")
         return languages, rows
 
-# %% ../../nbs/evaluate/65_words.ipynb #e6a06feb
+# %% ../../nbs/evaluate/65_words.ipynb #0e7c1d54
 def folders_by_word(
     root,  # a folder
 ) -> dict:
@@ -381,47 +381,60 @@ def shared_files(
         for copies in by_bytes.values(): shared[copies] = len({owner[i] for i in copies}) > 1
     return shared
 
+# %% ../../nbs/evaluate/65_words.ipynb #10afe9a6
+def words_in_folders(
+    root,     # holds LANGUAGE/WORD
+    columns,  # languages of the table
+    rows,     # of read_table
+) -> tuple:
+    "Return (language, concept, word, folder) for each word of the table that has a folder, and two lists: words without a folder, and folders without a word."
+    places = folders_by_word(root)
+    found = {language: folders_by_word(Path(root) / places[plain(language)]) for language in columns if plain(language) in places}
+    if not found: raise FileNotFoundError(f"{Path(root, columns[0])} is missing")
+    words, absent = [], []
+    for language, row in ((language, row) for row in rows for language in columns if language in row):
+        folder = found.get(language, {}).pop(plain(row[language]), None)
+        if folder: words.append((language, row["concept"], row[language], f"{places[plain(language)]}/{folder}"))
+        else: absent.append(f"{language}/{row[language]}")
+    return words, absent, [f"{language}/{name}" for language, rest in found.items() for name in rest.values()]
 
+
+def draw_some(
+    names,      # of the pictures of a word
+    n: int,     # how many; 0: all
+    word: int,  # number of the word
+) -> list:
+    "Return so many names, the same every time, in their order."
+    if not n or n >= len(names): return names
+    return [names[i] for i in sorted(stateless_rng(0, 68, word).permutation(len(names))[:n])]
+
+# %% ../../nbs/evaluate/65_words.ipynb #b6af3834
 def read_hashtags(
-    root,               # holds LANGUAGE/WORD/* and the table
-    table: str = "",    # its name; empty: translations.csv or translations.json
+    root,                 # holds LANGUAGE/WORD/* and the table
+    table: str = "",      # its name; empty: translations.csv or translations.json
     *,
-    per_word: int = 0,  # use only so many pictures of each word, seeded; 0: all
+    per_word: int = 0,    # use only so many pictures of each word, seeded; 0: all
     min_images: int = 1,  # leave out words with fewer
-    slug: str = "hashtags",
 ) -> Words:
     """Read pictures by word. `left_out` says which words have no folder or too few pictures, which folders are not in the table, and how many pictures are shared.
 
     Raises `FileNotFoundError` if the table or all languages are missing, and `ValueError` for a damaged table, for one word in two folders, or if no translation is left.
     """
-    path = next((p for name in ([table] if table else ["translations.csv", "translations.json"]) if (p := Path(root) / name).is_file()), Path(root) / (table or "translations.csv"))
-    (columns, rows), places = read_table(path), folders_by_word(root)
-    found = {language: folders_by_word(Path(root) / places[plain(language)]) for language in columns if plain(language) in places}
-    if not found: raise FileNotFoundError(f"{Path(root, columns[0])} is missing")
-    words, left_out = [], {"no folder": [], "too few pictures": [], "not in the table": []}
-    for row in rows:
-        for language in (name for name in columns if name in row):
-            if folder := found.get(language, {}).pop(plain(row[language]), None): words.append((language, row["concept"], row[language], f"{places[plain(language)]}/{folder}"))
-            else: left_out["no folder"].append(f"{language}/{row[language]}")
-    left_out["not in the table"] = [f"{language}/{name}" for language, rest in found.items() for name in rest.values()]
+    tables = [Path(root, name) for name in ([table] if table else ["translations.csv", "translations.json"])]
+    words, absent, unknown = words_in_folders(root, *read_table(next((path for path in tables if path.is_file()), tables[0])))
     names = [image_names(root, folder) for *_, folder in words]
     owner = np.repeat(np.arange(len(words)), [len(some) for some in names])
-    shared = shared_files(root, sum(names, []), owner)
+    shared = shared_files(root, [name for some in names for name in some], owner)
     names = [[name for name, both in zip(some, shared[owner == w]) if not both] for w, some in enumerate(names)]
     keep = [w for w, some in enumerate(names) if len(some) >= max(1, min_images)]
-    left_out["too few pictures"] = [f"{words[w][0]}/{words[w][2]}" for w in range(len(words)) if w not in set(keep)]
-    names = [draw_some(names[w], per_word, w) for w in keep]
+    few = [f"{language}/{word}" for w, (language, _, word, _) in enumerate(words) if w not in set(keep)]
     languages, concepts, spelled = ([words[w][part] for w in keep] for part in range(3))
     translation_pairs(languages, concepts)
-    listing = files(root, sum(names, []), np.repeat(np.arange(len(keep)), [len(some) for some in names]), spelled)
-    images = TaskData(slug, "test", spelled, listing.labels, listing.read, listing.names.__getitem__)
-    return Words(images, tuple(languages), tuple(concepts), {why: some for why, some in left_out.items() if some} | ({"shared pictures": int(shared.sum())} if shared.any() else {}))
-
-
-def draw_some(names, n, word):
-    "So many names, the same every time, in their order."
-    if not n or n >= len(names): return names
-    return [names[i] for i in sorted(stateless_rng(0, 68, word).permutation(len(names))[:n])]
+    names = [draw_some(names[w], per_word, w) for w in keep]
+    listing = files(root, [name for some in names for name in some], np.repeat(np.arange(len(keep)), [len(some) for some in names]), spelled)
+    images = TaskData("hashtags", "test", spelled, listing.labels, listing.read, listing.names.__getitem__)
+    left_out = {"no folder": absent, "too few pictures": few, "not in the table": unknown, "shared pictures": int(shared.sum())}
+    return Words(images, tuple(languages), tuple(concepts), {why: what for why, what in left_out.items() if what})
 
 # %% ../../nbs/evaluate/65_words.ipynb #3536913a
 def write_words(
