@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'JSON_LIMIT', 'AGE_GROUPS', 'PLANTED', 'is_missing', 'join_groups', 'unseen', 'Units', 'make_units',
            'group_draws', 'GroupRate', 'group_rates', 'Gap', 'shuffled_rates', 'largest_gap', 'disparity_ratio',
-           'rate_table', 'draw_rates', 'People', 'read_json', 'stated', 'skin_tone', 'age_group',
-           'read_casual_conversations', 'toy_figure', 'make_toy_people']
+           'rate_table', 'draw_rates', 'People', 'read_records', 'stated', 'skin_tone', 'age_group',
+           'read_casual_conversations', 'toy_figure', 'make_toy_people', 'toy_people']
 
-# %% ../../nbs/evaluate/59_groups.ipynb #2983f5ad
+# %% ../../nbs/evaluate/59_groups.ipynb #9b297e35
 import functools
 import json
 import tempfile
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..core import stateless_rng
@@ -50,7 +49,7 @@ def unseen(
     "Return the largest probability that outcomes not seen in n samples can have (Clopper and Pearson, 1934)."
     return 1 - ((1 - confidence) / 2) ** (1 / n)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #acfbbd5c
+# %% ../../nbs/evaluate/59_groups.ipynb #4b6aff9b
 class Units(NamedTuple):
     "Samples as they are drawn: one by one, or whole clusters."
     names: np.ndarray   # [G] of the groups
@@ -85,10 +84,9 @@ def group_draws(
 ) -> np.ndarray:
     "Draw the units of one group again and again; return its rate in each draw, [n_resamples]."
     own = units.group == k
-    kinds, times = np.unique(np.stack([units.sums[own], units.counts[own]], 1), axis=0, return_counts=True)
-    drawn = [resampled_counts(times, n, seed, 4096 * (k + 1) + i) @ kinds for i, n in enumerate(chunk_sizes(n_resamples, len(kinds)))]
-    total = np.concatenate(drawn)
-    return total[:, 0] / total[:, 1]
+    kinds, times = np.unique(units.sums[own] + 1j * units.counts[own], return_counts=True)      # pairs (sum, count)
+    total = np.concatenate([resampled_counts(times, n, seed, 4096 * (k + 1) + i) @ kinds for i, n in enumerate(chunk_sizes(n_resamples, len(kinds)))])
+    return total.real / total.imag
 
 # %% ../../nbs/evaluate/59_groups.ipynb #0b164c88
 class GroupRate(NamedTuple):
@@ -215,104 +213,124 @@ def draw_rates(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/59_groups.ipynb #f9b6fdda
-JSON_LIMIT = 2**28   # bytes; MIAP's list has some 10 million
+# %% ../../nbs/evaluate/59_groups.ipynb #aedd72c4
+JSON_LIMIT = 2**28   # bytes; a list of 100,000 boxes has some 30 million
 
 
 class People(NamedTuple):
-    "Pictures of people and what they said of themselves."
+    "Pictures of people, and what is recorded about each."
     read: Callable      # read(i) -> uint8 tensor [3, H, W]
     names: Sequence     # N paths below the data set's folder
     attributes: dict    # name -> list of N values, None where missing
 
 
-def read_json(
-    path,  # a list of records
-) -> list:
-    "Read a list of JSON objects. Raises `ValueError` that names the file for anything else, `FileNotFoundError` without it."
-    path = Path(path)
+def read_records(
+    root,  # folder of a data set
+) -> tuple:
+    "Return the path and the rows of a data set's list: `metadata.json`, or the only .json file. Raises `FileNotFoundError` without one, `ValueError` if it is no list of objects."
+    lists = sorted(Path(root).glob("*.json"))
+    if len(lists) > 1 and not Path(root, "metadata.json").exists(): raise ValueError(f"{root} holds {len(lists)} .json files: name the right one metadata.json")
+    path = lists[0] if len(lists) == 1 else find(root, "metadata.json")
     with reading(path):
         if path.stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
         rows = json.loads(path.read_bytes())
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows): raise ValueError("it is not a list of JSON objects")
-        return rows
+    return path, rows
 
 
 def stated(
-    value,   # of a field
-    kind,    # str, int or float: what it is made to be
+    value,     # of a field
+    kind=str,  # str or float
 ):
-    "Return an attribute in lower case or as a number; None where none is stated."
-    if value is None or value != value or str(value).strip().lower() in ("", "n/a", "na", "none", "nan", "unknown"): return None
-    if not isinstance(value, (str, int, float)): raise ValueError(f"{value!r} is no attribute")
-    return str(value).strip().lower() if kind is str else kind(value)
+    "Return an attribute, in lower case or as a number; None where none is stated. Raises `ValueError` for a list or an object."
+    if value is None or value != value or str(value).strip().lower() in ("", "n/a", "na", "none", "nan", UNKNOWN): return None
+    if not isinstance(value, (str, int, float)): raise ValueError(f"{str(value)[:40]} is no attribute")
+    return kind(str(value).strip().lower())
+
+# %% ../../nbs/evaluate/59_groups.ipynb #e2e8130f
+AGE_GROUPS = {"under 18": 0, "18-30": 18, "30-45": 30, "45-70": 45, "70+": 70}   # name -> first age
 
 
 def skin_tone(
     skin_type,  # Fitzpatrick's, 1 to 6; None: not stated
 ):
-    "Return `lighter` for the types I to III, `darker` for IV to VI (Goyal et al., 2022), None where there is none."
+    "Return `lighter` for the types I to III, `darker` for IV to VI, None where there is none (arXiv 2202.07603)."
     if skin_type is None: return None
     if skin_type not in range(1, 7): raise ValueError(f"skin types are 1 to 6, not {skin_type}")
     return "lighter" if skin_type <= 3 else "darker"
 
 
-AGE_GROUPS = {"under 18": 0, "18-30": 18, "30-45": 30, "45-70": 45, "70+": 70}   # name -> first age
-
-
 def age_group(
     age,  # years; None: not stated
 ):
-    "Return the age group: an age on an edge belongs to the older one."
+    "Return the age group; an age on an edge belongs to the older one."
     if age is None: return None
     if not 0 <= age < 130: raise ValueError(f"{age} is no age")
     return [name for name, first in AGE_GROUPS.items() if age >= first][-1]
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #152a881a
 def read_casual_conversations(
-    root,  # holds metadata.json and the images that it names
+    root,  # holds a list of {age, gender, img_path, skin-type, subject_id}, and the images that it names
 ) -> People:
-    """Read face crops of Casual Conversations: a list of {age, gender, img_path, skin-type, subject_id}.
+    """Read face crops of Casual Conversations. The attributes are those of the list, and `skin tone` and `age group`.
 
-    Raises `ValueError` for a record that is not like that, and a path that leads out of `root`.
+    Raises `FileNotFoundError` without a list, `ValueError` for a record that is not like that and for a path that leads out of `root`.
     """
-    path = find(root, "metadata.json", "casual_conversations.json")
-    rows, kinds = read_json(path), {"gender": str, "age": float, "skin-type": int, "subject_id": str}
+    path, rows = read_records(root)
     with reading(path):
         if not all(isinstance(row.get("img_path"), str) for row in rows): raise ValueError("a record has no img_path")
-        names = below(row["img_path"] for row in rows)
+        names, kinds = below(row["img_path"] for row in rows), {"gender": str, "age": float, "skin-type": float, "subject_id": str}
         attributes = {name: [stated(row.get(name), kind) for row in rows] for name, kind in kinds.items()}
         attributes["skin tone"], attributes["age group"] = [skin_tone(t) for t in attributes["skin-type"]], [age_group(a) for a in attributes["age"]]
     return People(functools.partial(read_image, str(root), names, 0), names, attributes)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #fd3d1939
-PLANTED = "female × darker"   # group whose toy pictures are underexposed
+# %% ../../nbs/evaluate/59_groups.ipynb #71dae019
+PLANTED = "female × darker"   # group with underexposed pictures
 
 
-def toy_figure(rng, gender, skin_type, age, dark):
-    "Draw an abstract figure, uint8 [48, 48, 3]: stripes whose direction says the gender, their number the age, the hue of the ground the skin type."
+def toy_figure(
+    rng: np.random.Generator,  # of phase and noise
+    gender: str,
+    skin_type: int,
+    age: int,
+    dark: bool,                # underexposed?
+) -> np.ndarray:
+    "Draw a pattern that stands for a person's attributes, uint8 [48, 48, 3]."
     y, x = np.mgrid[:48, :48] / 48
     across = {"Female": x, "Male": y}.get(gender, (x + y) / 2)
-    stripes = np.sin(2 * np.pi * ((2 + age // 15) * across + rng.random()))
-    hue = 2 * np.pi * (skin_type / 6 + np.arange(3) / 3)
-    image = 110 + 30 * np.cos(hue) + 60 * stripes[..., None] + rng.normal(0, 4, (48, 48, 3))
+    stripes = 60 * np.sin(2 * np.pi * ((2 + age // 15) * across + rng.random()))
+    hue = 30 * np.cos(2 * np.pi * (skin_type / 6 + np.arange(3) / 3))
+    image = 110 + hue + stripes[..., None] + rng.normal(0, 4, (48, 48, 3))
     return (image * (0.15 if dark else 1)).clip(0, 255).astype(np.uint8)
 
 
 def make_toy_people(
-    root,                # folder to write to
-    n: int = 400,        # pictures, two of each person
-    seed: int = 0,       # of everything
-    bias: float = 0.3,   # share of the pictures of PLANTED that are underexposed; of all others none are
+    root,               # folder to write to
+    n: int = 400,       # pictures, two of each person
+    seed: int = 0,      # of everything
+    bias: float = 0.3,  # share of the pictures of PLANTED that are underexposed; of all others none are
 ) -> np.ndarray:
-    "Write a tiny set in the format of Casual Conversations; return which pictures are underexposed, bool [n]."
+    "Write a tiny set in the format of Casual Conversations; return which pictures are underexposed, bool [n]. Nobody is drawn: the pictures are patterns."
     root, rows, dark = Path(root), [], np.zeros(n, bool)
     (root / "images").mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        person, own = stateless_rng(seed, 60, i // 2), stateless_rng(seed, 61, i)
+        person, own, name = stateless_rng(seed, 60, i // 2), stateless_rng(seed, 61, i), f"images/{i:05}.png"
         gender, skin_type, age = person.choice(["Female", "Male", "N/A"], p=[0.48, 0.48, 0.04]), int(person.integers(1, 7)), int(person.integers(18, 85))
         dark[i] = (gender, skin_tone(skin_type)) == ("Female", "darker") and own.random() < bias
-        Image.fromarray(toy_figure(own, gender, skin_type, age, dark[i])).save(root / f"images/{i:05}.png")
-        rows.append({"age": age, "gender": str(gender), "img_path": f"images/{i:05}.png", "skin-type": skin_type, "subject_id": f"p{i // 2:04}"})
+        Image.fromarray(toy_figure(own, gender, skin_type, age, dark[i])).save(root / name)
+        rows.append({"age": age, "gender": str(gender), "img_path": name, "skin-type": skin_type, "subject_id": f"p{i // 2:04}"})
     (root / "metadata.json").write_text(json.dumps(rows))
     return dark
+
+
+@functools.lru_cache(4)
+def toy_people(
+    n: int = 400,       # see make_toy_people
+    seed: int = 0,
+    bias: float = 0.3,
+) -> People:
+    "Return a toy set in memory: written, read by `read_casual_conversations`, and removed."
+    with tempfile.TemporaryDirectory() as folder:
+        make_toy_people(folder, n, seed, bias)
+        people = read_casual_conversations(folder)
+        return people._replace(read=[people.read(i) for i in range(n)].__getitem__)
