@@ -123,7 +123,7 @@ def group_rates(
         rates.append(GroupRate(str(units.names[k]), int(units.counts[own].sum()), float(value), float(low), float(high), size < min_size))
     return rates
 
-# %% ../../nbs/evaluate/59_groups.ipynb #9c31c5b7
+# %% ../../nbs/evaluate/59_groups.ipynb #45b335fb
 class Gap(NamedTuple):
     "The largest difference between two groups."
     highest: str       # group with the highest rate
@@ -145,8 +145,8 @@ def shuffled_rates(
         sizes, high = np.bincount(units.group, minlength=G), int((units.sums == kinds[1]).sum())
         hits = rng.multivariate_hypergeometric(sizes, high, size=n, method="marginals")
         return kinds[0] + (kinds[1] - kinds[0]) * hits / sizes
-    deals = (rng.permutation(units.group) for _ in range(n))
-    return np.stack([np.bincount(deal, units.sums, G) / np.bincount(deal, units.counts, G) for deal in deals])
+    deals = (rng.permuted(np.tile(units.group, (m, 1)), axis=1) for m in chunk_sizes(n, len(units.group)))
+    return np.concatenate([np.stack([(deal == k) @ units.sums / ((deal == k) @ units.counts) for k in range(G)], 1) for deal in deals])
 
 
 def largest_gap(
@@ -284,7 +284,7 @@ def read_casual_conversations(
         attributes["skin tone"], attributes["age group"] = [skin_tone(t) for t in attributes["skin-type"]], [age_group(a) for a in attributes["age"]]
     return People(functools.partial(read_image, str(root), names, 0), names, attributes)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #71dae019
+# %% ../../nbs/evaluate/59_groups.ipynb #7a0d2fb0
 PLANTED = "female × darker"   # group with underexposed pictures
 
 
@@ -311,12 +311,12 @@ def make_toy_people(
     bias: float = 0.3,  # share of the pictures of PLANTED that are underexposed; of all others none are
 ) -> np.ndarray:
     "Write a tiny set in the format of Casual Conversations; return which pictures are underexposed, bool [n]. Nobody is drawn: the pictures are patterns."
-    root, rows, dark = Path(root), [], np.zeros(n, bool)
+    root, rows, dark, planted = Path(root), [], np.zeros(n, bool), 0
     (root / "images").mkdir(parents=True, exist_ok=True)
     for i in range(n):
         person, own, name = stateless_rng(seed, 60, i // 2), stateless_rng(seed, 61, i), f"images/{i:05}.png"
         gender, skin_type, age = person.choice(["Female", "Male", "N/A"], p=[0.48, 0.48, 0.04]), int(person.integers(1, 7)), int(person.integers(18, 85))
-        dark[i] = (gender, skin_tone(skin_type)) == ("Female", "darker") and own.random() < bias
+        if f"{gender.lower()} × {skin_tone(skin_type)}" == PLANTED: dark[i], planted = int((planted + 1) * bias) > int(planted * bias), planted + 1    # evenly, to the picture
         Image.fromarray(toy_figure(own, gender, skin_type, age, dark[i])).save(root / name)
         rows.append({"age": age, "gender": str(gender), "img_path": name, "skin-type": skin_type, "subject_id": f"p{i // 2:04}"})
     (root / "metadata.json").write_text(json.dumps(rows))
