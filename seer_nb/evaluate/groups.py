@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'JSON_LIMIT', 'AGE_GROUPS', 'PLANTED', 'is_missing', 'join_groups', 'unseen', 'Units', 'make_units',
            'group_draws', 'GroupRate', 'group_rates', 'Gap', 'shuffled_rates', 'largest_gap', 'disparity_ratio',
-           'rate_table', 'draw_rates', 'People', 'read_records', 'stated', 'skin_tone', 'age_group',
+           'rate_table', 'draw_rates', 'People', 'read_json', 'read_records', 'stated', 'skin_tone', 'age_group',
            'read_casual_conversations', 'toy_figure', 'make_toy_people', 'toy_people']
 
 # %% ../../nbs/evaluate/59_groups.ipynb #9b297e35
@@ -213,7 +213,7 @@ def draw_rates(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/59_groups.ipynb #aedd72c4
+# %% ../../nbs/evaluate/59_groups.ipynb #762b8eea
 JSON_LIMIT = 2**28   # bytes; a list of 100,000 boxes has some 30 million
 
 
@@ -224,18 +224,26 @@ class People(NamedTuple):
     attributes: dict    # name -> list of N values, None where missing
 
 
-def read_records(
-    root,  # folder of a data set
-) -> tuple:
-    "Return the path and the rows of a data set's list: `metadata.json`, or the only .json file. Raises `FileNotFoundError` without one, `ValueError` if it is no list of objects."
-    lists = sorted(Path(root).glob("*.json"))
-    if len(lists) > 1 and not Path(root, "metadata.json").exists(): raise ValueError(f"{root} holds {len(lists)} .json files: name the right one metadata.json")
-    path = lists[0] if len(lists) == 1 else find(root, "metadata.json")
+def read_json(
+    path,  # a list of records
+) -> list:
+    "Read a list of JSON objects. Raises `FileNotFoundError` without the file, `ValueError` that names it if it is something else."
+    path = Path(path)
     with reading(path):
         if path.stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
         rows = json.loads(path.read_bytes())
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows): raise ValueError("it is not a list of JSON objects")
-    return path, rows
+        return rows
+
+
+def read_records(
+    root,  # folder of a data set
+) -> tuple:
+    "Return the path and the rows of a data set's list: `metadata.json`, or the only .json file. Raises as `read_json`."
+    lists = sorted(Path(root).glob("*.json"))
+    if len(lists) > 1 and not Path(root, "metadata.json").exists(): raise ValueError(f"{root} holds {len(lists)} .json files: name the right one metadata.json")
+    path = lists[0] if len(lists) == 1 else find(root, "metadata.json")
+    return path, read_json(path)
 
 
 def stated(

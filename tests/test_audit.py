@@ -1,0 +1,126 @@
+"""The audit: parts that fail do not take others with them, the card holds in one file what was measured, and text from outside stays text."""
+import dataclasses
+import html.parser
+import re
+
+import pytest
+
+from seer_nb.evaluate import audit
+from seer_nb.evaluate.audit import AuditConfig, Part, holm, markdown_table, plain, run_audit
+from seer_nb.evaluate.tasks import Result, read_results
+
+HOSTILE = 'a|b <img src=x onerror=alert(1)> [x](javascript:alert(1)) ![y](http://evil/z.png) `c` **d** &lt;e&gt;\n# f\x00'
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeConfig:
+    run_dir: str = ""
+    task: str = "toy_scenes"
+    seed: int = 0
+    model: str = ""
+    root: str = ""
+    image_size: int = 0
+    extract_batch: int = 0
+    device: str = ""
+
+
+def fake_result(config, **details):
+    return Result(config.task, config.model, "fake", {"a": 1}, "top-1", 0.5, 0.4, 0.6, 10, 0.1, 0.1, None, "", config.seed, details)
+
+
+def rates(*names): return [dict(group=name, n=9, value=0.5, low=0.2, high=0.8, few=name == "b") for name in names]
+
+
+def gap(p): return dict(highest="a", lowest="b", difference=0.2, low=0.1, high=0.3, p_value=p)
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    "An audit of four parts that take no time; `calls` counts them."
+    calls = []
+
+    def part(name, section, run):
+        def counted(config):
+            calls.append(name)
+            return run(config)
+        return Part(name, section, f"question of {name}?", "toy_scenes", counted, FakeConfig)
+
+    def broken(config): raise RuntimeError("out of memory\nand a long story")
+    monkeypatch.setattr(audit, "AUDIT", (
+        part("toy_one", "fairness", lambda c: fake_result(c, groups={"by": {"rates": rates("a", "b", HOSTILE), "gap": gap(0.02)}})),
+        part("toy_two", "fairness", lambda c: dataclasses.replace(fake_result(c, groups={"by": {"rates": rates("a", "b"), "gap": gap(0.04)}}), protocol="fake 2")),
+        part("toy_three", "robustness", broken),
+        part("toy_four", "copies", lambda c: dataclasses.replace(fake_result(c, splits={"strong": {"mAP": 0.25, "n": 3}}), protocol="fake 3"))))
+    return calls
+
+
+def test_a_part_that_fails_is_reported_and_tried_again(parts, tmp_path):
+    config = AuditConfig(run_dir=str(tmp_path / "a"))
+    assert len(run_audit(config)) == 3
+    card = (tmp_path / "a/card.md").read_text()
+    assert "| toy\\_three | toy\\_scenes | out of memory |" in card and "long story" not in card
+    assert len(run_audit(config)) == 3 and parts.count("toy_three") == 2
+    assert len(read_results(tmp_path / "a/results.jsonl")) == 3                                     # each once
+
+
+def test_p_values_are_corrected_for_all_gaps_of_the_card(parts, tmp_path):
+    run_audit(AuditConfig(run_dir=str(tmp_path)))
+    rows = [line for line in (tmp_path / "card.md").read_text().splitlines() if line.startswith(("| toy\\_one | by", "| toy\\_two | by"))]
+    assert [row.split(" | ")[-3:] for row in rows] == [["0.020", "0.040", "a gap |"], ["0.040", "0.040", "a gap |"]]
+
+
+def test_small_groups_are_marked_not_dropped(parts, tmp_path):
+    run_audit(AuditConfig(run_dir=str(tmp_path), parts="toy_two"))
+    card = (tmp_path / "card.md").read_text()
+    assert "| b | 9 | 50.0 (20.0 to 80.0) | few: do not lean on it |" in card and "| a | 9 | 50.0 (20.0 to 80.0) |  |" in card
+
+
+def test_the_card_needs_no_other_file(parts, tmp_path):
+    run_audit(AuditConfig(run_dir=str(tmp_path)))
+    page = (tmp_path / "card.html").read_text()
+    assert re.findall(r'src="(?!data:image/png;base64,)', page) == [] and "href=" not in page
+    assert page.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png"))) == 2
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], []
+
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data): self.text.append(data)
+
+
+def test_names_from_outside_stay_text(parts, tmp_path):
+    run_audit(AuditConfig(run_dir=str(tmp_path), parts="toy_one"))
+    tags = Tags()
+    tags.feed((tmp_path / "card.html").read_text())
+    assert {tag for tag, _ in tags.tags} <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "strong", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "img"}
+    assert all(attrs.get("src", "data:").startswith("data:") and not any(name.startswith("on") for name in attrs) for _, attrs in tags.tags)
+    assert sum("<img src=x onerror=alert(1)>" in text for text in tags.text) + "".join(tags.text).count("javascript:alert(1)") >= 1
+    assert "&lt;e&gt;" in "".join(tags.text)                                                         # not decoded twice
+
+
+def test_plain_text_is_one_cell():
+    assert len(markdown_table(["x"], [[HOSTILE]]).splitlines()) == 3
+    assert plain(0.123456) == "0.1235" and plain("a_b|c") == r"a\_b\|c" and "\x00" not in plain(HOSTILE)
+
+
+def test_unknown_parts_and_models_write_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no part 'toy_peopl'.*toy_people"): run_audit(AuditConfig(run_dir=str(tmp_path / "a"), parts="toy_peopl"))
+    with pytest.raises(ValueError): run_audit(AuditConfig(run_dir=str(tmp_path / "a"), model="timmm:x"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_missing_data_is_said_with_its_source(tmp_path):
+    results = run_audit(AuditConfig(run_dir=str(tmp_path / "a"), root=str(tmp_path / "data")))
+    card = (tmp_path / "a/card.md").read_text()
+    assert results == [] and "Nothing was measured." in card and "No groups were compared." in card
+    assert all(f"| {plain(part.name)} | {plain(part.task)} | no data: " in card for part in audit.AUDIT if not part.name.startswith("toy_"))
+
+
+def test_holm_follows_statsmodels_rule():
+    "Worked by hand: sorted p times 4, 3, 2, 1, never falling, at most 1."
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
