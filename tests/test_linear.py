@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from seer_nb.core import MetricLog
 from seer_nb.evaluate import linear
+from seer_nb.evaluate.annotations import Claims
 from seer_nb.evaluate.features import TaskFeatures, extract, extract_taps
 from seer_nb.evaluate.tasks import ROWS, TaskData, open_model, open_task, read_results, weights_hash
 from seer_nb.images import BadImage
@@ -372,6 +373,22 @@ def test_views_are_the_same_for_any_number_of_workers():
     for done in (0, 2):
         both = [list(batches(3, done)) for batches in (one, two)]
         assert len(both[0]) == len(both[1]) == 3 - done and all(torch.equal(a["avgpool"], b["avgpool"]) and torch.equal(y, z) for (a, y), (b, z) in zip(*both))
+
+
+@pytest.mark.parametrize("augment", ["", "flip"])
+def test_open_images_labels_row_by_row(tmp_path, augment):
+    "Training labels as rows on demand, from a store and through the backbone, end as those of a table do; two heads, chosen by held-out images."
+    table = torch.from_numpy(np.random.default_rng(0).integers(-1, 2, (40, 6)).astype(np.int8))
+    image, column = np.nonzero(table.numpy() >= 0)
+    rows = Claims(np.searchsorted(image, np.arange(41)), column, table.numpy()[image, column], 6)
+    pixels, found = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), []
+    config = linear.LinearConfig(task="openimages", solver="sgd", heads="avgpool/mlp avgpool/eval_mlp", augment=augment, epochs=2, batch_size=16)
+    for name, labels in (("rows", rows), ("table", table)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "open_task", lambda slug, root, split, n: TaskData(slug, split, "abcdef", labels, pixels.__getitem__))
+            found.append(linear.run_linear(dataclasses.replace(config, run_dir=str(tmp_path / name), image_size=32)))
+    assert isinstance(TaskData("openimages", "train", "abcdef", rows, None).labels, Claims) and found[0].metric == "mAP"
+    assert dataclasses.replace(found[0], seconds=0, chance=0) == dataclasses.replace(found[1], seconds=0, chance=0)      # its chance is not a number
 
 
 def test_a_bad_image_is_replaced_with_its_label(tmp_path):

@@ -12,7 +12,7 @@ __all__ = ['RECIPES', 'PUBLISHED_HEADS', 'VIEWS', 'logistic_loss', 'standardize'
            'config_recipe', 'linear_settings', 'make_record', 'check_config', 'score_lbfgs', 'score_sgd',
            'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
 
-# %% ../../nbs/evaluate/52_linear.ipynb #11f1a6db
+# %% ../../nbs/evaluate/52_linear.ipynb #33b1eafb
 import contextlib
 import dataclasses
 import functools
@@ -30,10 +30,10 @@ from torch import nn
 from ..checkpoints import Checkpoint, CheckpointManager
 from ..core import MetricLog, RunDir, make_config, stateless_rng, write_atomic
 from ..distributed import StopRequest
-from .features import TaskFeatures, extract, read_tap, tap_features, tapped_module, task_features
+from .features import TaskFeatures, extract, open_tapped, read_tap, tap_features, tapped_module, task_features
 from .metrics import (METRICS, average_precision, bootstrap_interval, mean_average_precision, mean_interval, mean_per_class_accuracy,
                                       measure, top_k_accuracy, top_k_hits)
-from .tasks import (Family, Result, TaskData, append_result, eval_transform, find_result, needed, open_model, open_task, paper_score, pick_device,
+from .tasks import (Family, Result, TaskData, append_result, eval_transform, find_result, needed, open_task, paper_score, pick_device,
                                     task_row, train_transform, weights_hash)
 from .tasks import augment as random_view
 from ..images import Samples, guarded
@@ -800,7 +800,7 @@ def linear_result(config, settings, scores, labels, seconds, details):
     measured = measure(task_row(config.task).metric, scores, labels, seed=config.seed)
     return make_record(config.task, config, protocol, settings, measured, len(labels), seconds, **details)
 
-# %% ../../nbs/evaluate/52_linear.ipynb #9dacd353
+# %% ../../nbs/evaluate/52_linear.ipynb #bdfc2e38
 def run_linear(
     config: LinearConfig,
 ) -> Result:
@@ -813,9 +813,10 @@ def run_linear(
     linear_settings(config, "")
     for name in ("seeds", "checkpoint_every"):
         if getattr(config, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    run, model = RunDir(config.run_dir, "linear"), open_model(config.model, seed=config.seed, device=pick_device(config.device))
+    taps = [read_head(head)[0] for head in config.heads.split()] if config.solver == "sgd" else ["avgpool"]
+    run, model = RunDir(config.run_dir, "linear"), open_tapped(config.model, taps, seed=config.seed, device=pick_device(config.device))
     settings = linear_settings(config, weights_hash(model))
-    for head in config.heads.split() if config.solver == "sgd" else (): tapped_module(model, read_tap(read_head(head)[0])[0])
+    for tap in taps: tapped_module(model, read_tap(tap)[0])
     runs = [dataclasses.replace(config, seed=seed) for seed in range(config.seed, config.seed + config.seeds)]
     done = {c.seed: find_result(run.results, task=config.task, model=config.model, settings=settings, seed=c.seed) for c in runs}
     if all(done.values()): return done[config.seed]
@@ -849,6 +850,7 @@ def prepare_probe(
     stored = data if held_out or not config.augment else {"test": data["test"]}      # new views need no features of the training images
     read = extract(model, stored, config.features_dir or run.path / "features", taps=taps, name=config.model, **sizes).features
     maps = {split: fold_taps({tap: read(split, tap) for tap in taps}) for split in stored}
+    data["test"].labels = torch.as_tensor(np.asarray(data["test"].labels))            # Open Images gives rows on demand
     train, test = ((maps.get(split, maps["test"]), d.labels) for split, d in data.items())
     views = lambda rows, recipe, seed: trunk_batches(model, data["train"], taps, rows, augment=config.augment, size=config.image_size,
                                                      batch_size=recipe.batch_size, seed=seed, workers=config.workers, bad_images=run.bad_images)
