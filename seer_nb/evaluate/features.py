@@ -8,7 +8,7 @@ __all__ = ['PLACES', 'CLAIM', 'eval_mode', 'read_tap', 'tapped_module', 'pooled'
            'extract_features', 'TaskFeatures', 'task_features', 'data_fingerprint', 'make_plan', 'Store', 'open_store',
            'rows_done', 'extract', 'FeaturesConfig', 'open_backbone', 'run_features']
 
-# %% ../../nbs/evaluate/51_features.ipynb #afc9cc71
+# %% ../../nbs/evaluate/51_features.ipynb #f83640e8
 import contextlib
 import dataclasses
 import hashlib
@@ -31,6 +31,7 @@ from ..core import MetricLog, RunDir, did_you_mean, make_config, progress, write
 from ..distributed import gather_json, rank, setup, world_size
 from .annotations import Claims
 from .tasks import ROWS, TaskData, eval_transform, open_model, open_task, task_row, weights_hash
+from ..multicrop import init_worker
 from ..streaming import StreamedBackbone
 from ..swav import SwAVHead
 from ..weights import Preprocess, load_swav_head
@@ -112,7 +113,7 @@ def tap_features(
     if (x := found.get("avgpool")) is not None and x.shape[2:] != (1, 1): raise ValueError(f"a backbone must return [B, D], this one returned {list(x.shape)}")
     return {tap: found[tap] for tap in grids}
 
-# %% ../../nbs/evaluate/51_features.ipynb #e34fdf66
+# %% ../../nbs/evaluate/51_features.ipynb #602f8d84
 class UnitLength(nn.Module):
     "Scale vectors [B, D] to length 1, in float32."
 
@@ -135,9 +136,10 @@ def open_tapped(
     *,
     seed: int = 0,  # of untrained weights
     device="cpu",   # where the model shall live
+    **how,          # pretrained of open_model
 ) -> nn.Module:
     "Open a backbone with `open_model`, with its SwAV head on top if it is a seer:PATH and a tap is `head`. Raises `ValueError` if the file has no such head."
-    model, (kind, _, path) = open_model(spec, seed=seed, device=device), spec.partition(":")
+    model, (kind, _, path) = open_model(spec, seed=seed, device=device, **how), spec.partition(":")
     if kind != "seer" or "head" not in [read_tap(tap)[0] for tap in taps]: return model
     arguments, state = load_swav_head(path, device=device)
     with torch.device("meta"): head = SwAVHead(**arguments)
@@ -171,7 +173,7 @@ def view_image(
         image = dataclasses.replace(preprocess, size=size or preprocess.size).resize_crop(image, PLACES[place])
     return image.flip(2) if flip else image
 
-# %% ../../nbs/evaluate/51_features.ipynb #df0b6f1f
+# %% ../../nbs/evaluate/51_features.ipynb #a0f6ad94
 def image_name(
     images,  # a TaskData, or any sequence
     i: int,
@@ -235,7 +237,8 @@ def feature_batches(
     parameter, preprocess = next(model.parameters(), torch.zeros(0)), getattr(model, "preprocess", Preprocess())
     starts = range(0, len(images), batch_size) if starts is None else starts
     batches = _Batches(images, starts, batch_size, views, sized(preprocess, size, getattr(images, "slug", "")))
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=parameter.is_cuda, timeout=600 if workers else 0)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=init_worker, pin_memory=parameter.is_cuda,
+                                         timeout=600 if workers else 0)
     for start, batch in progress(loader, len(batches), desc) if desc else loader:
         total = {}
         with torch.inference_mode():
