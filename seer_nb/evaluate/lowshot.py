@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
-from .features import TaskFeatures, extract_features, read_tap
+from .features import TaskFeatures, extract_features, open_tapped, read_tap
 from .linear import LinearConfig, bootstrap_interval, check_config, score_linear, top_k_accuracy
 from .tasks import (Result, TaskData, append_result, find_result, open_model, open_task, paper_score, pick_device, subset, task_row,
                                     weights_hash)
@@ -458,7 +458,7 @@ def run_lowshot(
     read_tap(config.tap)
     train = open_task(config.task, config.root, "train", n=config.train_images)
     check_labels(train.labels, len(train.classes), config)
-    run, model = RunDir(config.run_dir, "lowshot"), open_model(config.model, seed=config.seed, device=pick_device(config.device))
+    run, model = RunDir(config.run_dir, "lowshot"), open_tapped(config.model, [config.tap], seed=config.seed, device=pick_device(config.device))
     jobs = lowshot_jobs(config, weights_hash(model))
     known = lambda protocol, settings: find_result(run.results, task=config.task, model=config.model, protocol=protocol, settings=settings, seed=config.seed)
     if all(known(*job) for job in jobs): return [known(*job) for job in jobs]

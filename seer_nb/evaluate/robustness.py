@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
-from .features import extract_features, open_tapped, sized, tap_features, tapped_module, read_tap
+from .features import extract_features, open_tapped, read_tap, sized, tap_features, tapped_module
 from .linear import check_config, fit_logistic, standardize, sweep_l2
 from .metrics import calibration_error, confidence_bins, mean_interval, top_k_hits
 from .tasks import (Result, append_result, find_result, needed, open_model, open_task, paper_score, pick_device, published_rows, task_row,
