@@ -69,6 +69,17 @@ def test_single_precision_and_warm_start_reach_the_same_optimum():
     assert single.weight.dtype == torch.float32
 
 
+def test_a_start_on_an_eighth_changes_the_way_and_not_the_end():
+    "Of 64 samples per feature and more; samples sorted by class."
+    x, y = problem(n=1300, dim=20)
+    order = y.argsort()
+    x, y, zeros = x[order], y[order], linear.LinearFit(torch.zeros(20, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), 0.0, 0)
+    ours, cold = (linear.fit_logistic(x, y, 5, l2=1e-3, start=start, tolerance=1e-9, max_iterations=5000) for start in (None, zeros))
+    ref = sklearn_fit(x, y, 1e-3)
+    assert ours.loss == pytest.approx(cold.loss, abs=1e-12) and ours.loss <= linear.logistic_loss(torch.from_numpy(np.vstack([ref.coef_.T, ref.intercept_])), x, y, 1e-3)[0] + 1e-12
+    np.testing.assert_allclose(ours.weight.numpy(), ref.coef_.T, atol=1e-4)
+
+
 def test_the_bound_changes_the_way_and_not_the_end():
     x, y = problem(dim=60)
     start = torch.zeros(61, 5, dtype=torch.float64)
