@@ -277,8 +277,9 @@ class Preprocess:
     def resize_crop(
         self,
         images,  # uint8 [..., 3, H, W]
+        place=(0.5, 0.5),  # of the square: (0, 0) top left, (1, 1) bottom right
     ):
-        "Resize, and cut out the centre; uint8 [..., 3, crop, crop]. Raises `TypeError` or `ValueError` for anything but a tensor of three channels."
+        "Resize, and cut out the centre, or another square; uint8 [..., 3, crop, crop]. Raises `TypeError` or `ValueError` for anything but a tensor of three channels."
         if not isinstance(images, torch.Tensor): raise TypeError(f"preprocess takes uint8 tensors [..., 3, H, W], got {type(images).__name__}; images.decode_image reads a file to one")
         if images.ndim < 3 or images.shape[-3] != 3: raise ValueError(f"preprocess takes images [..., 3, H, W], got {list(images.shape)}")
         from torchvision.transforms.v2 import InterpolationMode
@@ -286,7 +287,8 @@ class Preprocess:
 
         size = [self.size, self.size] if self.warp else [self.size]
         images = tvf.resize(images, size, InterpolationMode(self.interpolation), antialias=True)
-        return tvf.center_crop(images, [self.crop, self.crop])
+        top, left = (round((length - self.crop) * part) for length, part in zip(images.shape[-2:], place))
+        return images[..., top:top + self.crop, left:left + self.crop]
 
     def __call__(
         self,

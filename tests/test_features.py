@@ -8,6 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2 import functional as tvf
@@ -16,10 +17,12 @@ from seer_nb.checkpoints import CheckpointError
 from seer_nb.distributed import run_ranks
 from seer_nb.evaluate import features as feat
 from seer_nb.evaluate import tasks
-from seer_nb.evaluate.tasks import TaskData, open_model
+from seer_nb.evaluate.annotations import Claims
+from seer_nb.evaluate.tasks import TaskData, open_model, weights_hash
 from seer_nb.regnet import regnety
 from seer_nb.streaming import StreamedBackbone
-from seer_nb.weights import Preprocess, save_backbone
+from seer_nb.swav import SwAV, SwAVHead
+from seer_nb.weights import Preprocess, load_checkpoint, save_backbone, save_checkpoint
 
 torch.set_num_threads(1)
 TAPS = ["res3:1x1", "res4:2x1", "avgpool"]
@@ -86,6 +89,32 @@ def test_head_on_top_and_gradients():
     assert not any(m._forward_hooks for m in net.modules())
 
 
+@pytest.mark.parametrize("layout, batch_norm", [("seer_nb", True), ("vissl", False)])
+def test_the_swav_head_of_a_checkpoint(tmp_path, layout, batch_norm):
+    "From a folder of shards, and from a file in VISSL's names: the embeddings that SwAV computes. Without such a head: an error."
+    torch.manual_seed(0)
+    swav, x = SwAV(regnety("regnety_toy"), SwAVHead(352, (24, 20), 8, 10, batch_norm)).eval(), torch.randn(3, 3, 32, 32)
+    save_file({name: t.contiguous() for name, t in swav.state_dict().items()}, tmp_path / "swav.safetensors")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / ("model.safetensors" if layout == "seer_nb" else "model.torch")
+    save_checkpoint(load_checkpoint(tmp_path / "swav.safetensors"), path, layout=layout, max_shard_size=10**6)
+    spec = f"seer:{path.parent if layout == 'seer_nb' else path}"
+    model = feat.open_tapped(spec, ["head", "res4:1x1"])
+    with torch.inference_mode(): got, want = feat.tap_features(model, x, ["head", "avgpool", "res4:1x1"]), swav.backbone(x)
+    with torch.inference_mode(): torch.testing.assert_close(got["head"].flatten(1), swav.head(want)[0])
+    torch.testing.assert_close(got["avgpool"].flatten(1), want)
+    assert weights_hash(feat.open_tapped(spec, ["avgpool"])) == weights_hash(open_model(spec)) != weights_hash(model)
+    store = feat.run_features(feat.FeaturesConfig(run_dir=str(tmp_path / "run"), model=spec, task="toy_count", taps="head", train_images=9, test_images=5, device="cpu"))
+    torch.testing.assert_close(store.features("test", "head").norm(dim=1), torch.ones(5))
+
+
+def test_no_head_no_tap(tmp_path, model):
+    config = feat.FeaturesConfig(run_dir=str(tmp_path / "run"), task="toy_count", taps="head", device="cpu")
+    for spec, message in ((f"seer:{save_backbone(model, tmp_path / 'b.safetensors')}", "b.safetensors: there is no SwAV head"), ("random:regnety_toy", "no tap 'head'")):
+        with pytest.raises(ValueError, match=message): feat.run_features(dataclasses.replace(config, model=spec))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_map_that_the_network_overwrites_is_kept():
     net = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1), relu=nn.ReLU(inplace=True)))
     x = torch.randn(1, 3, 4, 4)
@@ -124,6 +153,33 @@ def test_store_keeps_order_names_labels_and_values(tmp_path, model):
     store.features("train").zero_()                                     # a probe that normalises in place
     assert (tmp_path / "s/train/avgpool.npy").read_bytes() == before
     assert store.task_features("res4:2x1").test_features.shape == (23, 256)
+
+
+def claims(n, classes=9605, seed=0):
+    "Few known labels of many classes; the first image has none."
+    rng = np.random.default_rng(seed)
+    counts = np.r_[0, rng.integers(0, 5, n - 1)]
+    columns = np.concatenate([np.sort(rng.choice(classes, k, replace=False)) for k in counts])
+    return Claims(np.r_[0, counts.cumsum()], columns, rng.integers(0, 2, len(columns)), classes)
+
+
+def test_labels_given_as_rows_on_demand(tmp_path):
+    "Open Images without `n`: what is known is stored, and no table of all images and classes is made."
+    many = {split: task(n, labels=claims(n, seed=n), classes=[f"c{i}" for i in range(9605)], slug="openimages") for split, n in (("train", 40), ("test", 23))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Claims, "__array__", None)
+        patch.setattr(Claims, "__getitem__", None)
+        store = feat.extract(Tiny(), many, tmp_path / "s")
+        kept, other = store.labels("train"), feat.data_fingerprint(task(40, labels=claims(40, seed=1), classes=many["train"].classes))
+    assert isinstance(kept, Claims) and (kept[:] == many["train"].labels[:]).all() and (kept[7] == many["train"].labels[7]).all()
+    assert (tmp_path / "s/train/labels.npy").stat().st_size < 40 * 9605 / 10 and other != feat.data_fingerprint(many["train"])
+    assert store.task_features().test_labels.shape == (23, 9605)
+    rows = np.load(tmp_path / "s/test/labels.npy")
+    for field, value in (("image", 99), ("class", 9605), ("class", -1)):
+        bad = rows.copy()
+        bad[field][-1] = value
+        np.save(tmp_path / "s/test/labels.npy", bad)
+        with pytest.raises(ValueError, match="not as it was written"): store.labels("test")
 
 
 def test_workers_make_no_difference(tmp_path, model):

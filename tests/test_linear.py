@@ -1,5 +1,8 @@
 "The linear probe against scikit-learn, torch and hand-computed cases."
 import dataclasses
+import functools
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -7,15 +10,21 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
+from seer_nb.core import MetricLog
 from seer_nb.evaluate import linear
+from seer_nb.evaluate.annotations import Claims
 from seer_nb.evaluate.features import TaskFeatures, extract, extract_taps
-from seer_nb.evaluate.tasks import ROWS, open_model, open_task, read_results, weights_hash
+from seer_nb.evaluate.metrics import measure
+from seer_nb.evaluate.tasks import ROWS, TaskData, open_model, open_task, read_results, weights_hash
+from seer_nb.images import BadImage
+from seer_nb.monitor import describe, read_run
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setattr("seer_nb.core.environment_text", lambda: "a test\n")       # else a second per run
     yield
     torch.set_num_threads(before)
 
@@ -60,6 +69,17 @@ def test_single_precision_and_warm_start_reach_the_same_optimum():
     warm = linear.fit_logistic(x.float(), y, 5, l2=1e-3, start=strong)
     assert single.loss == pytest.approx(exact.loss, abs=1e-4) and warm.loss == pytest.approx(exact.loss, abs=1e-4)
     assert single.weight.dtype == torch.float32
+
+
+def test_a_start_on_an_eighth_changes_the_way_and_not_the_end():
+    "Of 64 samples per feature and more; samples sorted by class."
+    x, y = problem(n=1300, dim=20)
+    order = y.argsort()
+    x, y, zeros = x[order], y[order], linear.LinearFit(torch.zeros(20, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), 0.0, 0)
+    ours, cold = (linear.fit_logistic(x, y, 5, l2=1e-3, start=start, tolerance=1e-9, max_iterations=5000) for start in (None, zeros))
+    ref = sklearn_fit(x, y, 1e-3)
+    assert ours.loss == pytest.approx(cold.loss, abs=1e-12) and ours.loss <= linear.logistic_loss(torch.from_numpy(np.vstack([ref.coef_.T, ref.intercept_])), x, y, 1e-3)[0] + 1e-12
+    np.testing.assert_allclose(ours.weight.numpy(), ref.coef_.T, atol=1e-4)
 
 
 def test_the_bound_changes_the_way_and_not_the_end():
@@ -295,6 +315,105 @@ def test_more_seeds_are_added_and_not_measured_twice(tmp_path):
     assert len({r.details["loss"] for r in rows}) == 3 and len({r.settings["weights"] for r in rows}) == 1
     assert linear.top_k_accuracy(np.load(tmp_path / "scores.npy"), open_task("toy_count", split="test", n=40).labels) == first.value
     with pytest.raises(ValueError, match="other parameters"): linear.run_linear(dataclasses.replace(config, epochs=3))
+
+
+# two seeds of two fits (32 images, then 40) of three epochs: 3 * 2 + 3 * 3 steps each; a head is chosen in between
+RUN = linear.LinearConfig(task="toy_count", train_images=40, test_images=20, solver="sgd", heads="avgpool/mlp res4:1x2/eval_mlp", epochs=3, batch_size=12, lr=0.1, seeds=2,
+                          checkpoint_every=4, augment="flip")
+
+
+def files_of(folder):
+    "What a run says, but for how long it took."
+    rows = [{**row, "images_per_s": 0} for row in MetricLog(folder / "metrics.jsonl").rows()]
+    return rows, [dataclasses.replace(r, seconds=0) for r in read_results(folder / "results.jsonl")], (folder / "scores.npy").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    torch.set_num_threads(1)
+    linear.run_linear(dataclasses.replace(RUN, run_dir=str(folder)))
+    return folder
+
+
+def interrupt(patch, at, action):
+    "Let `action` happen before the loss of a head is computed for the n-th time; there are two heads."
+    count, plain = [0], linear.head_loss
+    def head_loss(*args):
+        count[0] += 1
+        if count[0] == 2 * at: action()
+        return plain(*args)
+    patch.setattr(linear, "head_loss", head_loss)
+
+
+def test_a_line_per_epoch_that_the_monitor_shows(straight):
+    rows = MetricLog(straight / "metrics.jsonl").rows()
+    assert [(r["seed"], r["epoch"], r["step"]) for r in rows] == [(k // 6, 1 + k % 3, 15 * (k // 6) + (2, 4, 6, 9, 12, 15)[k % 6]) for k in range(12)]
+    assert [r["learning_rate"] for r in rows[:3]] == pytest.approx([linear.learning_rate(linear.config_recipe(RUN), e) for e in range(3)])
+    assert all(r["loss"] == pytest.approx(np.mean(list(r["losses"].values()))) and r["images_per_s"] > 0 for r in rows)
+    said = describe(read_run(straight))
+    assert "step 30" in said and f"loss {rows[-1]['loss']:.3f} nats" in said and "images/s" in said and "checkpoints: " in said
+
+
+def test_a_stopped_run_ends_with_the_same_bits(straight, tmp_path):
+    "Told to stop at the end of an epoch, in the second fit, and in the second seed, where it goes on with two loader processes."
+    config = dataclasses.replace(RUN, run_dir=str(tmp_path))
+    for at, step, number in ((2, 2, signal.SIGTERM), (6, 8, signal.SIGUSR2), (15, 23, signal.SIGTERM)):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, at, lambda: signal.raise_signal(number))
+            with pytest.raises(linear.Preempted, match=f"told to stop; step {step} is saved"): linear.run_linear(config)
+    linear.run_linear(dataclasses.replace(config, workers=2))
+    assert files_of(tmp_path) == files_of(straight)
+
+
+def test_a_killed_run_ends_with_the_same_bits(straight, tmp_path):
+    "kill -9 before the first checkpoint, in the second fit, and, with a loader process, after the first seed."
+    config = dataclasses.replace(RUN, run_dir=str(tmp_path))
+    for at, workers in ((2, 0), (8, 0), (14, 1)):
+        pid = os.fork()
+        if pid == 0:
+            interrupt(pytest.MonkeyPatch(), at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            try: linear.run_linear(dataclasses.replace(config, workers=workers))
+            finally: os._exit(0)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    linear.run_linear(config)
+    assert files_of(tmp_path) == files_of(straight)
+
+
+def test_views_are_the_same_for_any_number_of_workers():
+    model, data = open_model("random:regnety_toy"), open_task("toy_count", n=24)
+    one, two = (linear.trunk_batches(model, data, ["avgpool"], augment="crop", batch_size=8, seed=5, workers=n) for n in (0, 2))
+    for done in (0, 2):
+        both = [list(batches(3, done)) for batches in (one, two)]
+        assert len(both[0]) == len(both[1]) == 3 - done and all(torch.equal(a["avgpool"], b["avgpool"]) and torch.equal(y, z) for (a, y), (b, z) in zip(*both))
+
+
+@pytest.mark.parametrize("augment", ["", "flip"])
+def test_open_images_labels_row_by_row(tmp_path, augment):
+    "Training labels as rows on demand, from a store and through the backbone, end as those of a table do; two heads, chosen by held-out images."
+    table = torch.from_numpy(np.random.default_rng(0).integers(-1, 2, (40, 6)).astype(np.int8))
+    image, column = np.nonzero(table.numpy() >= 0)
+    rows = Claims(np.searchsorted(image, np.arange(41)), column, table.numpy()[image, column], 6)
+    pixels, found = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), []
+    config = linear.LinearConfig(task="openimages", solver="sgd", heads="avgpool/mlp avgpool/eval_mlp", augment=augment, epochs=2, batch_size=16)
+    for name, labels in (("rows", rows), ("table", table)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "open_task", lambda slug, root, split, n: TaskData(slug, split, "abcdef", labels, pixels.__getitem__))
+            patch.setattr(linear, "measure", functools.partial(measure, n_resamples=20))
+            found.append(linear.run_linear(dataclasses.replace(config, run_dir=str(tmp_path / name), image_size=32)))
+    assert isinstance(TaskData("openimages", "train", "abcdef", rows, None).labels, Claims) and found[0].metric == "mAP"
+    assert dataclasses.replace(found[0], seconds=0, chance=0) == dataclasses.replace(found[1], seconds=0, chance=0)      # its chance is not a number
+
+
+def test_a_bad_image_is_replaced_with_its_label(tmp_path):
+    def read(i):
+        if i == 3: raise BadImage("truncated", "cut short")
+        return torch.full((3, 32, 32), 20 * i, dtype=torch.uint8)
+    data = TaskData("toy_count", "train", tuple("abcdefghijkl"), torch.arange(12), read)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 3))
+    [(maps, labels)] = linear.trunk_batches(model.eval(), data, ["avgpool"], augment="none", bad_images=tmp_path / "bad.jsonl")(0)
+    for x, i in zip(maps["avgpool"], labels): torch.testing.assert_close(x, linear.frozen_maps(model, read(int(i))[None], ["avgpool"])["avgpool"][0])
+    assert 3 not in labels and len(labels) == 12 and "truncated" in (tmp_path / "bad.jsonl").read_text()
 
 
 def test_what_needs_the_images_is_refused_on_features():

@@ -17,9 +17,10 @@ from seer_nb.weights import convert_state, save_backbone
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setattr("seer_nb.core.environment_text", lambda: "a test\n")       # else a second per run
     yield
     torch.set_num_threads(before)
 
@@ -386,7 +387,26 @@ def test_a_killed_run_goes_on_and_a_done_one_is_returned(tmp_path, imagenet_a, m
     assert robustness.run_robustness(config) == result and len(passes) == 13
 
 
+def test_a_probe_at_a_tap(tmp_path):
+    "The logits are those of a linear layer on the pooled map; other processes read the same images; a file of another tap is refused."
+    config = robustness.RobustnessConfig(run_dir=str(tmp_path / "run"), task="toy_count", probe_task="toy_count", tap="res3:1x1", train_images=40, test_images=20)
+    result, data, backbone = robustness.run_robustness(config), robustness.open_task("toy_count", split="test", n=20), open_model("random:regnety_toy")
+    with torch.inference_mode():
+        maps = backbone.feature_maps(backbone.preprocess.normalize(torch.stack([image for image, _ in data])))
+        logits = robustness.load_probe(tmp_path / "run" / "probe.safetensors", backbone, "res3:1x1")(maps["res3"].mean((2, 3)))
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "run" / "scores.npy")), logits, atol=1e-4, rtol=1e-4)
+    assert result.settings["tap"] == "res3:1x1" and result.value == np.mean(logits.argmax(1).numpy() == data.labels.numpy())
+    again = robustness.run_robustness(dataclasses.replace(config, run_dir=str(tmp_path / "again"), workers=1))
+    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(result, seconds=0)
+    blurred = robustness.corrupted(data, "motion_blur", 3)                   # OpenCV in the workers
+    assert torch.equal(*(robustness.extract_features(backbone, blurred, batch_size=8, workers=n) for n in (0, 2)))
+    reused = dict(run_dir=str(tmp_path / "reused"), probe_task="", probe=str(tmp_path / "run" / "probe.safetensors"))
+    assert robustness.run_robustness(dataclasses.replace(config, **reused)).value == result.value
+    with pytest.raises(ValueError, match="trained at the tap res3:1x1, here tap is avgpool"): robustness.run_robustness(dataclasses.replace(config, **reused | {"tap": "avgpool"}))
+
+
 def test_bad_configurations_leave_no_folder(tmp_path):
-    for bad in ({"task": "imagenet_z"}, {"corruptions": "fog"}, {"paper_model": "seer"}, {"probe_task": "toy_digits"}, {"probe_task": "toy_scenes", "probe": "x"}, {}):
+    for bad in ({"task": "imagenet_z"}, {"corruptions": "fog"}, {"paper_model": "seer"}, {"probe_task": "toy_digits"}, {"probe_task": "toy_scenes", "probe": "x"},
+                {"probe_task": "toy_scenes", "tap": "res9"}, {"model": "torchvision:resnet18", "tap": "layer3"}, {}):
         with pytest.raises(ValueError): robustness.run_robustness(robustness.RobustnessConfig(**dict(run_dir=str(tmp_path / "run"), train_images=20, test_images=20) | bad))
         assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import MetricLog, RunDir, make_config, write_atomic
-from .features import TaskFeatures, open_store, task_features
+from .features import TaskFeatures, open_store, open_tapped, task_features
 from .linear import make_record
 from .metrics import measure, top_k_accuracy
 from .tasks import Result, append_result, find_result, needed, open_model, open_task, pick_device, task_row, weights_hash
@@ -255,7 +255,7 @@ def open_knn_features(
 ) -> tuple:
     "Return the settings of the result and a function that gives the features, from a store or from the model. Raises `ValueError` if the store is another task's or model's."
     if not config.features:
-        model = open_model(config.model, seed=config.seed, device=pick_device(config.device))
+        model = open_tapped(config.model, [config.tap], seed=config.seed, device=pick_device(config.device))
         return knn_settings(config, weights_hash(model)), lambda: task_features(
             model, config.task, config.root, size=config.image_size, batch_size=config.extract_batch, n_train=config.train_images, n_test=config.test_images, tap=config.tap)
     store = open_store(config.features)

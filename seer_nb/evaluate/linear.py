@@ -6,15 +6,18 @@
 __all__ = ['RECIPES', 'PUBLISHED_HEADS', 'VIEWS', 'logistic_loss', 'standardize', 'quasi_newton_step', 'minimize_lbfgs',
            'curvature_bound', 'invert_bound', 'LinearFit', 'fit_logistic', 'overlapping_classes', 'race_scikit_learn',
            'race_all', 'stratified_split', 'sweep_l2', 'Recipe', 'probe_recipe', 'learning_rate', 'read_head',
-           'make_heads', 'head_loss', 'decay_groups', 'train_heads', 'head_scores', 'take', 'epoch_rows',
-           'cached_batches', 'fold_taps', 'choose_head', 'split_rows', 'probe_heads', 'training_view', 'frozen_maps',
-           'trunk_batches', 'LinearConfig', 'config_recipe', 'linear_settings', 'make_record', 'check_config',
-           'score_lbfgs', 'score_sgd', 'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
+           'make_heads', 'head_loss', 'decay_groups', 'training_state', 'train_heads', 'head_scores', 'take',
+           'epoch_rows', 'cached_batches', 'fold_taps', 'choose_head', 'split_rows', 'probe_heads', 'training_view',
+           'frozen_maps', 'view_pair', 'trunk_batches', 'Preempted', 'Keeper', 'keeping', 'LinearConfig',
+           'config_recipe', 'linear_settings', 'make_record', 'check_config', 'score_lbfgs', 'score_sgd',
+           'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
 
-# %% ../../nbs/evaluate/52_linear.ipynb #5c05fde7
+# %% ../../nbs/evaluate/52_linear.ipynb #33b1eafb
+import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import time
 from typing import NamedTuple
@@ -24,13 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checkpoints import Checkpoint, CheckpointManager
 from ..core import MetricLog, RunDir, make_config, stateless_rng, write_atomic
-from .features import TaskFeatures, extract, read_tap, tap_features, tapped_module, task_features
+from ..distributed import StopRequest
+from .features import TaskFeatures, extract, open_tapped, read_tap, tap_features, tapped_module, task_features
 from .metrics import (METRICS, average_precision, bootstrap_interval, mean_average_precision, mean_interval, mean_per_class_accuracy,
                                       measure, top_k_accuracy, top_k_hits)
-from .tasks import (Family, Result, TaskData, append_result, eval_transform, find_result, needed, open_model, open_task, paper_score, pick_device,
+from .tasks import (Family, Result, TaskData, append_result, eval_transform, find_result, needed, open_task, paper_score, pick_device,
                                     task_row, train_transform, weights_hash)
 from .tasks import augment as random_view
+from ..images import Samples, guarded
+from ..multicrop import init_worker
 from ..weights import Preprocess
 
 # %% ../../nbs/evaluate/52_linear.ipynb #5c9fba01
@@ -134,13 +141,13 @@ def invert_bound(
         share = min(max((met / bounded).item(), 1e-6), 1.0)
     return torch.cat([axes @ ((axes.T @ gradient[:-1]) / (share * values + l2)[:, None]), gradient[-1:] * 2 / share])
 
-# %% ../../nbs/evaluate/52_linear.ipynb #935992a5
+# %% ../../nbs/evaluate/52_linear.ipynb #0e0551b0
 class LinearFit(NamedTuple):
     "A linear classifier, and how it was found."
     weight: torch.Tensor  # [D, C]
     bias: torch.Tensor    # [C]
     loss: float           # value of what was minimised
-    iterations: int       # steps of the solver
+    iterations: int       # steps of the solver, on all samples
 
     def scores(self, features):
         "Return the scores `[N, C]` of features `[N, D]`."
@@ -153,7 +160,7 @@ def fit_logistic(
     n_classes: int,              # C
     *,
     l2: float = 1e-3,            # the penalty; scikit-learn's C is 1 / (l2 N)
-    start: LinearFit | None = None,  # fit to begin from; None: zeros
+    start: LinearFit | None = None,  # fit to begin from; None: zeros, or with many samples a few steps on an eighth of them
     bound: tuple | None = None,  # curvature_bound of these features; None: computed here, up to 4096 features
     tolerance: float = 1e-4,     # largest entry of the gradient at the end
     max_iterations: int = 500,   # stop at the latest
@@ -163,8 +170,10 @@ def fit_logistic(
     features, labels = torch.as_tensor(features), torch.as_tensor(labels).long()
     if len(labels) != len(features): raise ValueError(f"{len(features)} features, but {len(labels)} labels")
     if labels.min() < 0 or labels.max() >= n_classes: raise ValueError(f"labels go from {labels.min()} to {labels.max()}, with {n_classes} classes")
-    begin = features.new_zeros(features.shape[1] + 1, n_classes) if start is None else torch.cat([start.weight, start.bias[None]])
     if bound is None and features.shape[1] <= 4096: bound = curvature_bound(features)
+    if start is None and len(features) >= 64 * features.shape[1]:       # ten steps on an eighth of the samples cost little more than one
+        start = fit_logistic(features[::8], labels[::8], n_classes, l2=l2, bound=bound, tolerance=tolerance, max_iterations=10)
+    begin = features.new_zeros(features.shape[1] + 1, n_classes) if start is None else torch.cat([start.weight, start.bias[None]])
     inverse = lambda g, history: invert_bound(g, history, bound, l2) if bound else g
     w, values = minimize_lbfgs(lambda w: logistic_loss(w, features, labels, l2), begin, inverse=inverse, tolerance=tolerance,
                                max_iterations=max_iterations, goal=goal)
@@ -383,26 +392,46 @@ def decay_groups(
     return [{"params": kinds[nn.Linear], "weight_decay": recipe.weight_decay},
             {"params": kinds[nn.BatchNorm2d], "weight_decay": recipe.weight_decay if recipe.decay_norm else 0.0}]
 
-# %% ../../nbs/evaluate/52_linear.ipynb #6457e439
+# %% ../../nbs/evaluate/52_linear.ipynb #52b3b7ce
+def training_state(
+    heads: dict,                 # head -> module
+    optimizer: torch.optim.SGD,  # of their parameters; its momentum is set to zero
+) -> dict:
+    "Return every tensor that training changes, by a unique name: weights, statistics, momentum, and the losses summed over the epoch."
+    named = {f"{name}.{key}": t for name, head in heads.items() for key, t in head.state_dict(keep_vars=True).items()}
+    momentum = {f"{key}.momentum": torch.zeros_like(p) for key, p in named.items() if p.requires_grad}
+    for key, p in named.items():
+        if p.requires_grad: optimizer.state[p]["momentum_buffer"] = momentum[f"{key}.momentum"]
+    return {key: t.detach() for key, t in named.items()} | momentum | {"losses": torch.zeros(len(heads), device=next(iter(momentum.values())).device)}
+
+
 def train_heads(
     heads: dict,     # head -> module, trained in place
-    batches,         # batches(epoch) -> iterable of (tap -> [B, C, h, w], labels)
+    batches,         # batches(epoch, done) -> iterable of (tap -> [B, C, h, w], labels), without the first `done` batches of the epoch
     recipe: Recipe,
+    keep=None,       # the Keeper of a run, below; None: nothing is kept
 ) -> list:
     "Train all heads at once with Nesterov SGD; return one dict per epoch, head -> mean loss."
-    optimizer, curve = torch.optim.SGD(decay_groups(heads, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True), []
+    optimizer = torch.optim.SGD(decay_groups(heads, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+    state, at = training_state(heads, optimizer), {"epoch": 0, "done": 0, "curve": []}
+    if keep: keep.resume(state, at)
     for head in heads.values(): head.train()
-    for epoch in range(recipe.epochs):
-        for group in optimizer.param_groups: group["lr"] = learning_rate(recipe, epoch)
-        sums, steps = dict.fromkeys(heads, 0.0), 0
-        for maps, labels in batches(epoch):
-            losses = {name: head_loss(head(maps[read_head(name)[0]]), labels) for name, head in heads.items()}
+    while at["epoch"] < recipe.epochs:
+        for group in optimizer.param_groups: group["lr"] = learning_rate(recipe, at["epoch"])
+        for maps, labels in batches(at["epoch"], at["done"]):
+            losses = torch.stack([head_loss(head(maps[read_head(name)[0]]), labels) for name, head in heads.items()])
             optimizer.zero_grad()
-            sum(losses.values()).backward()
+            losses.sum().backward()
             optimizer.step()
-            sums, steps = {name: sums[name] + loss.detach() for name, loss in losses.items()}, steps + 1
-        curve.append({name: float(total) / steps for name, total in sums.items()})
-    return curve
+            state["losses"] += losses.detach()
+            at["done"] += 1
+            if keep: keep.after_step(len(labels))
+        at["curve"].append(dict(zip(heads, (state["losses"] / at["done"]).tolist())))
+        at |= {"epoch": at["epoch"] + 1, "done": 0}
+        state["losses"].zero_()
+        if keep: keep.after_epoch(learning_rate(recipe, at["epoch"] - 1))
+    if keep: keep.save()
+    return at["curve"]
 
 # %% ../../nbs/evaluate/52_linear.ipynb #794b8ddc
 @torch.no_grad()
@@ -429,7 +458,7 @@ def take(
     "Return some samples of every tap on a device, in float32; of memory-mapped files nothing else is read."
     return {tap: x[rows].to(device).float() for tap, x in maps.items()}
 
-# %% ../../nbs/evaluate/52_linear.ipynb #278a07df
+# %% ../../nbs/evaluate/52_linear.ipynb #79745237
 def epoch_rows(
     rows,             # sample numbers to train on
     batch_size: int,  # an incomplete last batch is left out, as batch norm needs a full one
@@ -451,9 +480,10 @@ def cached_batches(
     seed: int = 0,          # of the order
     device="cpu",
 ):
-    "Return `batches(epoch)` for `train_heads` over features that were computed before."
+    "Return `batches(epoch, done=0)` for `train_heads` over features that were computed before."
     rows = np.arange(len(labels)) if rows is None else rows
-    return lambda epoch: ((take(maps, some, device), labels[some].to(device)) for some in epoch_rows(rows, batch_size, seed, epoch))
+    return lambda epoch, done=0: ((take(maps, some, device), torch.as_tensor(labels[some]).to(device))
+                                  for some in itertools.islice(epoch_rows(rows, batch_size, seed, epoch), done, None))
 
 # %% ../../nbs/evaluate/52_linear.ipynb #0ed4f92b
 def fold_taps(
@@ -484,7 +514,7 @@ def split_rows(
     n = min(max(1, round(share * len(labels))), len(labels) - 1)
     return order[n:].sort().values, order[:n].sort().values
 
-# %% ../../nbs/evaluate/52_linear.ipynb #14a59979
+# %% ../../nbs/evaluate/52_linear.ipynb #6e12426c
 def probe_heads(
     names,                 # heads
     batches,               # batches(rows) -> what train_heads takes
@@ -499,23 +529,24 @@ def probe_heads(
     share: float = 0.2,    # of the training images that validate
     seed: int = 0,         # of split and weights
     device="cpu",
+    keep=None,             # the Keeper of a run, below
 ) -> tuple:
     "Train the heads and choose one; return its test scores `[M, K]`, and what was found on the way."
-    maps, labels = train
+    (maps, labels), found = train, keep.begin(seed) if keep else {}
 
     def fit(rows):
         heads = make_heads(names, maps, n_classes, seed=seed, device=device)
-        return heads, train_heads(heads, batches(rows), recipe)
+        return heads, train_heads(heads, batches(rows), recipe, keep)
 
-    found = {}
-    if choose == "validation" and len(names) > 1:
-        fitting, held_out = split_rows(labels, share, seed)
-        head, found["validation"] = choose_head(head_scores(fit(fitting.numpy())[0], maps, held_out.numpy()), labels[held_out], metric)
+    held_out = choose == "validation" and len(names) > 1
+    if held_out and "validation" not in found:
+        fitting, rest = (part.numpy() for part in split_rows(labels, share, seed))
+        found["validation"] = choose_head(head_scores(fit(fitting)[0], maps, rest), labels[rest], metric)[1]
     heads, curve = fit(np.arange(len(labels)))
     scores = head_scores(heads, test_maps)
-    best, found["heads"] = choose_head(scores, test_labels, metric)
-    if choose == "test" or len(names) == 1: head = best
-    return scores[head], found | {"head": head, "loss": curve[-1][head]}
+    best, on_test = choose_head(scores, test_labels, metric)
+    head = max(found["validation"], key=found["validation"].get) if held_out else best
+    return scores[head], found | {"heads": on_test, "head": head, "loss": curve[-1][head]}
 
 # %% ../../nbs/evaluate/52_linear.ipynb #47077d4c
 VIEWS = {"crop": Family(random_crop=True), "flip": Family(warp=True), "none": Family(warp=True, flip=False)}     # besides the task's own
@@ -531,7 +562,7 @@ def training_view(
     if augment == "task": return train_transform(task, preprocess, size)
     return functools.partial(random_view, VIEWS[augment], eval_transform(task, preprocess, size))
 
-# %% ../../nbs/evaluate/52_linear.ipynb #5aa19b3f
+# %% ../../nbs/evaluate/52_linear.ipynb #54201100
 @torch.no_grad()
 def frozen_maps(
     model: nn.Module,      # the backbone, in eval mode
@@ -546,6 +577,9 @@ def frozen_maps(
     return fold_taps({tap: x.flatten(1) for tap, x in out.items()})
 
 
+def view_pair(view, pair, seed, index, epoch): return view(pair[0], seed, index, epoch), pair[1]
+
+
 def trunk_batches(
     model: nn.Module,         # the backbone, in eval mode
     data: TaskData,
@@ -556,18 +590,83 @@ def trunk_batches(
     size: int = 0,            # pixels; 0: as large as the first image is high
     batch_size: int = 256,    # images per step
     seed: int = 0,            # of order and views
+    workers: int = 0,         # processes that make the views; 0: this one
+    bad_images=None,          # path of the report of unreadable images, which are replaced as in pretraining
 ):
-    "Return `batches(epoch)` for `train_heads` over new random views of the images, through the backbone."
+    "Return `batches(epoch, done=0)` for `train_heads` over new random views of the images, through the backbone."
     device, rows = next(model.parameters()).device, np.arange(len(data)) if rows is None else rows
     view = training_view(data.slug, augment, getattr(model, "preprocess", Preprocess()), size or data.read(0).shape[1])
+    samples = Samples(data, functools.partial(view_pair, view), seed, bad_images)
 
-    def batches(epoch):
-        for some in epoch_rows(rows, batch_size, seed, epoch):
-            images = torch.stack([view(data.read(i), seed, i, epoch) for i in some.tolist()])
-            yield frozen_maps(model, images, taps), data.labels[some].to(device)
+    def batches(epoch, done=0):
+        keys = ([(i, epoch) for i in some.tolist()] for some in itertools.islice(epoch_rows(rows, batch_size, seed, epoch), done, None))
+        loader = torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, worker_init_fn=init_worker, pin_memory=device.type == "cuda",
+                                             timeout=300 if workers else 0)
+        with guarded(loader) as read:
+            for images, labels in read: yield frozen_maps(model, images, taps), labels.to(device)
     return batches
 
-# %% ../../nbs/evaluate/52_linear.ipynb #c87a1cb9
+# %% ../../nbs/evaluate/52_linear.ipynb #2d5c31e8
+class Preempted(RuntimeError):
+    "The run was told to stop before its end, and has saved its state; the same call goes on."
+
+
+@dataclasses.dataclass
+class Keeper:
+    "What a run of the SGD probe keeps: checkpoints, a row of metrics.jsonl per epoch, and its answer to signals. Made by `keeping`."
+    run: RunDir                 # its folder
+    every: int                  # steps between two checkpoints
+    manager: CheckpointManager  # of the checkpoints
+    request: StopRequest        # knows whether a signal has come
+    newest: Checkpoint | None   # that the run goes on from
+    step: int = 0               # taken by the run, over all its fits and seeds
+
+    def begin(self, seed: int) -> dict:
+        "Begin a seed; return what it had found before the newest checkpoint."
+        self.seed = seed
+        self.found = dict(self.newest.numbers["found"]) if self.newest and self.newest.numbers["seed"] == seed else {}
+        return self.found
+
+    def resume(self, state: dict, at: dict):
+        "Begin a fit with these tensors and numbers; fill them from the newest checkpoint if it is of this fit."
+        self.state, self.at, self.images, self.start = state, at, 0, time.perf_counter()
+        if self.newest and (numbers := self.newest.numbers)["seed"] == self.seed and numbers["found"] == self.found:
+            self.newest.tensors.fill(state)
+            at |= {name: numbers[name] for name in at}
+            print(f"continuing at step {self.step}")
+
+    def after_step(self, images: int):
+        "Count a step on so many images. Raises `Preempted` if the run is told to stop, when its state is saved."
+        self.step, self.images, told = self.step + 1, self.images + images, self.request.agreed()
+        if told or self.step % self.every == 0: self.save()
+        if not told: return
+        self.manager.wait()
+        raise Preempted(f"told to stop; step {self.step} is saved, and the same call goes on from there: run_dir {self.run.path}")
+
+    def after_epoch(self, rate: float):
+        "Write the row of an epoch."
+        losses, speed = self.at["curve"][-1], self.images / (time.perf_counter() - self.start)
+        MetricLog(self.run.metrics).log(step=self.step, seed=self.seed, epoch=self.at["epoch"], loss=sum(losses.values()) / len(losses), learning_rate=rate,
+                                        images_per_s=speed, losses=losses)
+        self.images, self.start = 0, time.perf_counter()
+        self.manager.wait()                        # loader workers are forked from here; no thread may be writing then
+
+    def save(self): self.manager.save(self.step, self.state, {"seed": self.seed, "found": self.found, **self.at})
+
+
+@contextlib.contextmanager
+def keeping(
+    run: RunDir,
+    every: int,  # steps between two checkpoints
+):
+    "Open the newest checkpoint of a run for a `with` block, drop the metrics that came after it, and give the run's `Keeper`."
+    with StopRequest() as request, CheckpointManager(run.checkpoints) as manager:
+        newest = manager.load()
+        step, inside = (newest.step, newest.numbers["done"] > 0) if newest else (0, False)
+        MetricLog(run.metrics).cut(step - inside)          # the row of an epoch comes after its last step
+        yield Keeper(run, every, manager, request, newest, step)
+
+# %% ../../nbs/evaluate/52_linear.ipynb #cfedce21
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
     "Parameters of a linear probe."
@@ -599,6 +698,7 @@ class LinearConfig:
     lr: float = 0.0                     # sgd: learning rate per 256 images; 0: as the task's recipe
     schedule: str = ""                  # sgd: step or cosine; empty: as the task's recipe
     weight_decay: float = -1.0          # sgd: of the linear layers; -1: as the task's recipe
+    checkpoint_every: int = 1000        # sgd: steps between two checkpoints
 
 # %% ../../nbs/evaluate/52_linear.ipynb #0c12d691
 def config_recipe(
@@ -651,7 +751,7 @@ def check_config(
     "Raise `ValueError` for a task that does not exist, or a `paper_model` without a published score on it by this protocol."
     paper_score(config.task, config.paper_model, protocol)
 
-# %% ../../nbs/evaluate/52_linear.ipynb #fa1de556
+# %% ../../nbs/evaluate/52_linear.ipynb #bc97a270
 def score_lbfgs(
     features: TaskFeatures,
     config: LinearConfig,
@@ -672,12 +772,13 @@ def score_sgd(
     config: LinearConfig,
     n_classes: int,
     batches=None,       # batches(rows, recipe, seed) -> what train_heads takes; None: from the maps
+    keep=None,          # the Keeper of a run
 ) -> tuple:
     "Train and choose heads; return the test scores `[M, K]` and what was found on the way."
     recipe, device = config_recipe(config), pick_device(config.device)
     batches = batches or (lambda rows, recipe, seed: cached_batches(*train, rows, batch_size=recipe.batch_size, seed=seed, device=device))
     return probe_heads(config.heads.split(), lambda rows: batches(rows, recipe, config.seed), train, *test, recipe, n_classes=n_classes,
-                       metric=task_row(config.task).metric, choose=config.choose, share=config.validation_share, seed=config.seed, device=device)
+                       metric=task_row(config.task).metric, choose=config.choose, share=config.validation_share, seed=config.seed, device=device, keep=keep)
 
 
 def score_linear(
@@ -700,53 +801,58 @@ def linear_result(config, settings, scores, labels, seconds, details):
     measured = measure(task_row(config.task).metric, scores, labels, seed=config.seed)
     return make_record(config.task, config, protocol, settings, measured, len(labels), seconds, **details)
 
-# %% ../../nbs/evaluate/52_linear.ipynb #38b13da1
+# %% ../../nbs/evaluate/52_linear.ipynb #bdfc2e38
 def run_linear(
     config: LinearConfig,
 ) -> Result:
     """Run a linear probe in its run folder: `results.jsonl` gets one line per seed, `scores.npy` the test scores of the first; return its result.
 
-    Raises `ValueError` before anything is written for a task, model, solver, head or published model that does not exist.
+    The SGD probe goes on from its newest checkpoint, and adds a line per epoch to `metrics.jsonl`. Raises `ValueError` before anything is written for a task, model, solver,
+    head or published model that does not exist, and `Preempted` after SIGTERM or SIGUSR2, when a checkpoint is written.
     """
     check_config(config, "linear")
     linear_settings(config, "")
-    if config.seeds < 1: raise ValueError(f"seeds must be at least 1, got {config.seeds}")
-    run, model = RunDir(config.run_dir, "linear"), open_model(config.model, seed=config.seed, device=pick_device(config.device))
+    for name in ("seeds", "checkpoint_every"):
+        if getattr(config, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    taps = [read_head(head)[0] for head in config.heads.split()] if config.solver == "sgd" else ["avgpool"]
+    run, model = RunDir(config.run_dir, "linear"), open_tapped(config.model, taps, seed=config.seed, device=pick_device(config.device))
     settings = linear_settings(config, weights_hash(model))
-    for head in config.heads.split() if config.solver == "sgd" else (): tapped_module(model, read_tap(read_head(head)[0])[0])
+    for tap in taps: tapped_module(model, read_tap(tap)[0])
     runs = [dataclasses.replace(config, seed=seed) for seed in range(config.seed, config.seed + config.seeds)]
     done = {c.seed: find_result(run.results, task=config.task, model=config.model, settings=settings, seed=c.seed) for c in runs}
     if all(done.values()): return done[config.seed]
-    run.begin(config, may_change=("seeds", "workers", "extract_batch", "device"))
-    probe, labels = prepare_probe(config, model, config.features_dir or run.path / "features")
-    for c in (c for c in runs if not done[c.seed]):
-        start = time.perf_counter()
-        scores, details = probe(c)
-        if c.seed == config.seed:
-            np.save(buffer := io.BytesIO(), scores.numpy())
-            write_atomic(run.path / "scores.npy", buffer.getvalue())
-        done[c.seed] = linear_result(c, settings, scores, labels, time.perf_counter() - start, details)
-        append_result(run.results, done[c.seed])
+    run.begin(config, may_change=("seeds", "workers", "extract_batch", "device", "checkpoint_every"))
+    probe, labels = prepare_probe(config, model, run)
+    with keeping(run, config.checkpoint_every) if config.solver == "sgd" else contextlib.nullcontext() as keep:
+        for c in (c for c in runs if not done[c.seed]):
+            start = time.perf_counter()
+            scores, details = probe(c, keep)
+            if c.seed == config.seed:
+                np.save(buffer := io.BytesIO(), scores.numpy())
+                write_atomic(run.path / "scores.npy", buffer.getvalue())
+            done[c.seed] = linear_result(c, settings, scores, labels, time.perf_counter() - start, details)
+            append_result(run.results, done[c.seed])
     return done[config.seed]
 
 
 def prepare_probe(
     config: LinearConfig,
     model: nn.Module,
-    folder,                # where memory-mapped features go
+    run: RunDir,           # memory-mapped features go into its folder, unless the config names another one
 ) -> tuple:
-    "Read the images once; return probe(config) -> (scores, details), and the labels of the test images."
+    "Read the images once; return probe(config, keep) -> (scores, details), and the labels of the test images."
     sizes = dict(size=config.image_size, batch_size=config.extract_batch, workers=config.workers)
     if config.solver == "lbfgs":
         features = task_features(model, config.task, config.root, n_train=config.train_images, n_test=config.test_images, **sizes)
-        return functools.partial(score_lbfgs, features), features.test_labels
+        return lambda c, keep: score_lbfgs(features, c), features.test_labels
     data = {split: open_task(config.task, config.root, split, n=n) for split, n in (("train", config.train_images), ("test", config.test_images))}
     taps = list(dict.fromkeys(read_head(head)[0] for head in config.heads.split()))
     held_out = config.choose == "validation" and len(config.heads.split()) > 1
     stored = data if held_out or not config.augment else {"test": data["test"]}      # new views need no features of the training images
-    read = extract(model, stored, folder, taps=taps, name=config.model, **sizes).features
+    read = extract(model, stored, config.features_dir or run.path / "features", taps=taps, name=config.model, **sizes).features
     maps = {split: fold_taps({tap: read(split, tap) for tap in taps}) for split in stored}
+    data["test"].labels = torch.as_tensor(np.asarray(data["test"].labels))            # Open Images gives rows on demand
     train, test = ((maps.get(split, maps["test"]), d.labels) for split, d in data.items())
     views = lambda rows, recipe, seed: trunk_batches(model, data["train"], taps, rows, augment=config.augment, size=config.image_size,
-                                                     batch_size=recipe.batch_size, seed=seed)
-    return lambda c: score_sgd(train, test, c, len(data["train"].classes), views if config.augment else None), data["test"].labels
+                                                     batch_size=recipe.batch_size, seed=seed, workers=config.workers, bad_images=run.bad_images)
+    return lambda c, keep: score_sgd(train, test, c, len(data["train"].classes), views if config.augment else None, keep), data["test"].labels

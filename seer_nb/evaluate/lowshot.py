@@ -22,7 +22,7 @@ from torch import nn
 
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
 from . import metrics
-from .features import TaskFeatures, extract_features, read_tap
+from .features import TaskFeatures, extract_features, open_tapped, read_tap
 from .linear import LinearConfig, bootstrap_interval, score_linear, top_k_accuracy
 from .tasks import (LIMITED_TASKS, ROWS, Result, TaskData, append_result, draw_images, find_result, open_model, open_task, paper_score,
                                     paper_text, pick_device, subset, task_row, weights_hash)
@@ -445,7 +445,7 @@ def run_lowshot(
     task = result_task(config, "svm")                                # samples are drawn from all training images, also for X_1000
     train = open_task(task, config.root, "train", n=config.train_images)
     check_labels(train.labels, len(train.classes), config)
-    run, model = RunDir(config.run_dir, "lowshot"), open_model(config.model, seed=config.seed, device=pick_device(config.device))
+    run, model = RunDir(config.run_dir, "lowshot"), open_tapped(config.model, [config.tap], seed=config.seed, device=pick_device(config.device))
     jobs = lowshot_jobs(config, weights_hash(model))
     known = lambda protocol, settings: find_result(run.results, task=result_task(config, protocol), model=config.model, protocol=protocol, settings=settings, seed=config.seed)
     if all(known(*job) for job in jobs): return [known(*job) for job in jobs]

@@ -618,9 +618,10 @@ class TaskPreprocess(Preprocess):
     def resize_crop(
         self,
         images,  # uint8 [..., 3, H, W]
+        place=(0.5, 0.5),  # of the square
     ):
-        "Pad, resize, and cut out the centre; uint8 [..., 3, crop, crop]."
-        return super().resize_crop(nn.functional.pad(images, [self.pad] * 4) if self.pad else images)
+        "Pad, resize, and cut out the centre, or another square; uint8 [..., 3, crop, crop]."
+        return super().resize_crop(nn.functional.pad(images, [self.pad] * 4) if self.pad else images, place)
 
 
 def task_family(
