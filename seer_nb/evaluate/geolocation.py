@@ -236,18 +236,18 @@ def locate(
         found[hit] = order[place[hit]]
     return found
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #bfca57a8
+# %% ../../nbs/evaluate/64_geolocation.ipynb #d88bfd7e
 def combine_partitions(
     log_probabilities,  # one [N, C] array for each partition, the finest last
     partitions,         # as many Cells
 ) -> np.ndarray:
     "Return the sum of the log probabilities of each finest cell and all cells around it, `[N, C]`. Raises `ValueError` for a cell outside all cells of a coarser partition."
     *coarser, finest = partitions
-    total = np.array(log_probabilities[-1], np.float32)
+    total = np.asarray(log_probabilities[-1], np.float32)
     for table, cells in zip(log_probabilities, coarser):
         around = locate(finest.ids, cells)
         if (around < 0).any(): raise ValueError(f"cell {tokens(finest.ids[around < 0])[0]} lies in no cell of a coarser partition: give partitions of one rule, coarse first")
-        total += np.asarray(table)[:, around]
+        total = total + np.asarray(table, np.float32)[:, around]
     return total
 
 # %% ../../nbs/evaluate/64_geolocation.ipynb #22dbefda
@@ -541,7 +541,7 @@ def run_geolocation(
     append_result(run.results, result)
     return result
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #d2216b20
+# %% ../../nbs/evaluate/64_geolocation.ipynb #317926e4
 def great_circle_path(
     a,            # [2] latitude and longitude, degrees
     b,            # [2]
@@ -564,17 +564,17 @@ def draw_map(
     "Draw where photographs were taken and where they were guessed to be, coloured by the error; return the matplotlib figure."
     plt = needed("matplotlib.pyplot", "notebooks")
     fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-    ax.plot(around[:, 1], around[:, 0], ".", ms=2, color="#cccccc", zorder=0)
+    ax.plot(around[:, 1], around[:, 0], "o", ms=4, color="#dddddd", zorder=0)
     bounds = np.log10([1, *LEVELS.values(), 20000])[1:]
     errors = np.searchsorted(bounds, np.log10(great_circle_km(predicted, true).clip(1)))
     colour = plt.get_cmap("viridis_r", len(bounds))
     for t, p, e in zip(true, predicted, errors):
         path = great_circle_path(t, p)
-        ax.plot(path[:, 1], path[:, 0], color=colour(e), lw=0.7, alpha=0.7)
-        ax.plot(t[1], t[0], "o", ms=3, color=colour(e))
+        ax.plot(path[:, 1], path[:, 0], color=colour(e), lw=0.6, alpha=0.5)
+        ax.plot(t[1], t[0], "o", ms=3.5, color=colour(e))
     for e, name in enumerate([*(f"{level}, {km} km" for level, km in LEVELS.items()), "farther"]): ax.plot([], [], "o", color=colour(e), label=name)
     ax.set(xlim=(-180, 180), ylim=(-90, 90), xticks=range(-180, 181, 60), yticks=range(-90, 91, 30), xlabel="longitude", ylabel="latitude")
     ax.grid(lw=0.4)
-    ax.legend(fontsize=7, loc="lower left", ncols=2)
+    fig.legend(fontsize=7, loc="outside lower center", ncols=6)
     plt.close(fig)
     return fig
