@@ -12,8 +12,9 @@ from seer_nb.core import MetricLog
 from seer_nb.distributed import run_ranks
 from seer_nb.evaluate import detection, finetune
 from seer_nb.evaluate.detection import (DetectionConfig, DetectionData, Pyramid, coco_average_precision, detect, freeze_batch_norm, make_target, open_detection, open_detector,
-                                        precision_area, read_coco, run_detection, run_lengths, voc_average_precision)
+                                        read_coco, run_detection, run_lengths, voc_average_precision)
 from seer_nb.evaluate.finetune import Preempted, train_step
+from seer_nb.evaluate.metrics import precision_area
 from seer_nb.regnet import regnety
 
 pytest.importorskip("pycocotools")
@@ -57,15 +58,15 @@ def test_area_is_scikit_learns_step_curve_made_to_fall():
     for _ in range(20):
         hits = rng.random(40) < np.linspace(0.9, 0.1, 40)
         theirs = average_precision_score(hits, -np.arange(40.0))
-        assert precision_area(hits, hits.sum()) >= theirs - 1e-12
+        assert precision_area(hits, hits.sum(), "area") >= theirs - 1e-12 and precision_area(hits, hits.sum()) == pytest.approx(theirs)
     falling = [1] * 5 + [0] * 9
-    assert precision_area(falling, 5) == pytest.approx(average_precision_score(falling, -np.arange(14.0))) == 1
+    assert precision_area(falling, 5, "area") == pytest.approx(average_precision_score(falling, -np.arange(14.0))) == 1
     hits, positives = rng.random(500) < 0.5, 400
     recall, precision = np.cumsum(hits) / positives, np.cumsum(hits) / np.arange(1, 501)
     dense = np.mean([max([p for p, r in zip(precision, recall) if r >= x], default=0) for x in np.linspace(0, 1, 4001)])     # the definition, by points
-    assert precision_area(hits, positives) == pytest.approx(dense, abs=2e-3)
+    assert precision_area(hits, positives, "area") == pytest.approx(dense, abs=2e-3)
     eleven = np.mean([max([p for p, r in zip(precision, recall) if r >= x], default=0) for x in np.arange(0, 1.01, 0.1)])
-    assert precision_area(hits, positives, eleven=True) == pytest.approx(eleven, abs=1e-9)
+    assert precision_area(hits, positives, "11-point") == pytest.approx(eleven, abs=1e-9)
 
 
 def test_boxes_are_judged_as_pycocotools_does():
@@ -175,7 +176,7 @@ def test_voc_hostile_files(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
     for slug in ("coco_detection", "voc07_detection"):
-        with pytest.raises(FileNotFoundError, match=f"{slug} is not complete"): open_detection(slug, tmp_path, "train")
+        with pytest.raises(FileNotFoundError, match=rf"(?s){slug} is not there: .* is missing.*where to get it: .*licence"): open_detection(slug, tmp_path, "train")
 
 
 # ── the network ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -280,4 +281,16 @@ def test_two_ranks_take_the_step_of_one(tmp_path):
 def test_voc_run_reports_eleven_points(tmp_path):
     voc_folder(tmp_path, [("2007", "trainval", "000005"), ("2007", "test", "000001")])
     result = run_detection(dataclasses.replace(RUN, task="voc07_detection", root=str(tmp_path), run_dir=str(tmp_path / "run"), train_images=0, test_images=0, steps=1, drops=""))
-    assert result.metric == "box AP50" and 0 <= result.value <= 1 and result.n == 1
+    assert result.metric == "box AP50" and 0 <= result.value <= 1 and result.n == 1 and result.paper is None
+
+
+def test_the_printed_score_stands_beside_the_measured_one(coco_folder, monkeypatch):
+    "48.5 box AP of COCO, a fraction, with its source; a model without a printed score is refused before anything is written; it does not move the number."
+    config = dataclasses.replace(RUN, task="coco_detection", root=str(coco_folder), run_dir=str(coco_folder / "run"), paper_model="SEER (size per row unknown)", train_images=0, test_images=0, steps=1, drops="",
+                                 batch_size=1, masks=True)
+    for changes, message in (({"paper_model": "SEER 10B"}, "no published score of 'SEER 10B' on coco_detection"), ({"task": "voc07_detection", "masks": False}, "no published score"), ({"rois": 0}, "rois must be")):
+        with pytest.raises(ValueError, match=message): run_detection(dataclasses.replace(config, **changes))
+    assert not (coco_folder / "run").exists()
+    result = run_detection(config)
+    assert (result.task, result.metric, result.paper, result.n) == ("coco_detection", "box AP", 0.485, 2) and "2103.01988" in result.paper_source and "mask AP" in result.details
+    assert "paper_model" not in result.settings

@@ -14,14 +14,14 @@ from seer_nb.checkpoints import saved_steps
 from seer_nb.core import MetricLog, RunDir
 from seer_nb.distributed import run_ranks
 from seer_nb.evaluate import finetune
-from seer_nb.evaluate.finetune import Augment, Classifier, FinetuneConfig, Head, Preempted, classification_loss, learning_rate, recipe, run_finetune, start_training, train_step
+from seer_nb.evaluate.finetune import Classifier, FinetuneConfig, Head, Preempted, classification_loss, learning_rate, recipe, run_finetune, start_training, train_step
 from seer_nb.evaluate.tasks import TaskData, open_task, read_results
 from seer_nb.images import BadImage
 from seer_nb.regnet import regnety
 from seer_nb.swav import SwAV, SwAVHead
 from seer_nb.weights import Preprocess, convert_state, load_backbone, load_classifier, save_backbone
 
-RUN = FinetuneConfig(train_images=34, test_images=19, image_size=32, resize=32, batch_size=12, epochs=2, lr=0.1, milestones="1", weight_decay=1e-3, augment="tricks",
+RUN = FinetuneConfig(train_images=34, test_images=19, image_size=32, batch_size=12, epochs=2, lr=0.1, milestones="1", weight_decay=1e-3, augment="crop", colours="swav",
                      log_every=1, checkpoint_every=2, device="cpu", timeout=60.0, test_batch=4)
 CPU = torch.device("cpu")
 
@@ -112,37 +112,73 @@ def test_published_recipes():
 # ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_views_are_torchvisions_boxes():
-    "The box is cut and resized as torchvision does, and over many draws the boxes have torchvision's distribution."
-    image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
-    plain = Augment(48, interpolation="bicubic", flip=0.0)
-    from seer_nb.core import stateless_rng
-    from seer_nb.multicrop import draw_plan
-    box = draw_plan(stateless_rng(3, 5, 2), 90, 120, np.array([48]), np.array([[0.08, 1.0]])).box[0].tolist()
-    want = tvf.resized_crop(image, *box, [48, 48], v2.InterpolationMode.BICUBIC, antialias=True)
-    assert torch.equal(plain(image, 3, 5, 2), want)
-    assert torch.equal(Augment(48, flip=1.0, interpolation="bicubic")(image, 3, 5, 2), want.flip(2))
+    "Cut and resized as torchvision does, mirrored half the time; over many draws the boxes have torchvision's distribution."
+    image = torch.stack([torch.arange(90).repeat(120, 1).T, torch.arange(120).repeat(90, 1), torch.zeros(90, 120)]).to(torch.uint8)      # a pixel says where it is
+    view = finetune.training_view(dataclasses.replace(RUN, task="food101", colours="none", image_size=48, interpolation="bicubic"), Preprocess())
+    views = [view(image, 0, i, 0) for i in range(600)]
+    assert 240 < sum(int(v[1, 0, 0]) > int(v[1, 0, -1]) for v in views) < 360
+    mine = [int(v[0, -1, 0]) - int(v[0, 0, 0]) for v in views]                     # height of the box, about
     torch.manual_seed(0)
-    theirs = np.array([v2.RandomResizedCrop.make_params(v2.RandomResizedCrop(48), [image])["height"] for _ in range(1500)])
-    mine = np.array([draw_plan(stateless_rng(0, i), 90, 120, np.array([48]), np.array([[0.08, 1.0]])).box[0, 2] for i in range(1500)])
+    theirs = [v2.RandomResizedCrop.make_params(v2.RandomResizedCrop(48), [image])["height"] * 47 / 48 for _ in range(1500)]
     assert np.abs(np.quantile(mine, [0.1, 0.5, 0.9]) - np.quantile(theirs, [0.1, 0.5, 0.9])).max() <= 4
+    from seer_nb.core import stateless_rng
+    from seer_nb.multicrop import ATTEMPTS, fit_boxes
+    rng = stateless_rng(3, 5, 2)
+    mirrored, box = rng.random() < 0.5, fit_boxes(rng.random((1, 2 * ATTEMPTS + 2)), 90, 120, np.array([[0.08, 1.0]]))[0].tolist()
+    want = tvf.resized_crop(image, *box, [48, 48], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(view(image, 3, 5, 2), want.flip(2) if mirrored else want)
+
+
+@pytest.mark.parametrize("task, views, square", [("imagenet1k", 40, "centre"), ("imagenet1k_1pct", 40, "centre"), ("stl10", 2, "whole"), ("patch_camelyon", 2, "whole"), ("clevr_count", 2, "warp"),
+                                                 ("clevr_dist_1000", 2, "warp"), ("sun397", 2, "warp"), ("ucf101", 2, "warp"), ("svhn", 1, "whole"), ("dsprites_orient", 1, "whole"), ("mnist", 1, "padded")])
+def test_images_are_treated_as_the_task_says(task, views, square):
+    "The families of the paper's linear probes: only photographs are cut at random, digits and sprites never mirrored. What the loader delivers, and what is tested."
+    image = torch.randint(1, 256, (3, 28, 28) if task == "mnist" else (3, 60, 60) if square == "whole" else (3, 60, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    config = dataclasses.replace(RUN, task=task, augment="task", colours="none", image_size=32, batch_size=40)
+    data = TaskData(task, "train", ("a",), torch.zeros(1, dtype=torch.int64), lambda i: image)
+    delivered, _ = next(iter(finetune.train_loader(config, data, Preprocess())))
+    assert (len({v.numpy().tobytes() for v in delivered}) >= 38) if views == 40 else (len({v.numpy().tobytes() for v in delivered}) == views)
+    resize = {"centre": [v2.Resize(37, antialias=True), v2.CenterCrop(32)], "whole": [v2.Resize(32, antialias=True)], "warp": [v2.Resize((32, 32), antialias=True)],
+              "padded": [v2.Pad(2), v2.Resize(32, antialias=True)]}[square]
+    tested = finetune.eval_preprocess(config, Preprocess()).resize_crop(image)
+    assert torch.equal(tested, v2.Compose(resize)(image))
+    if views < 40: assert any(torch.equal(v, tested) for v in delivered)
+    cut = next(iter(finetune.train_loader(dataclasses.replace(config, augment="crop"), data, Preprocess())))[0]       # VISSL's base recipe, asked for by name
+    assert len({v.numpy().tobytes() for v in cut}) >= 38
+
+
+def test_384_pixels_on_top_of_the_task():
+    "tricks_384_swav: Resize 384, CenterCrop 384, bicubic; colours change, a scene to count in stays whole, a digit is not mirrored."
+    tricks = recipe("tricks_384", task="imagenet1k")
+    image = torch.randint(0, 256, (3, 400, 500), dtype=torch.uint8)
+    want = v2.Compose([v2.Resize(384, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(384)])(image)
+    assert torch.equal(finetune.eval_preprocess(tricks, Preprocess()).resize_crop(image), want)
+    ramp = (torch.arange(64, dtype=torch.uint8) * 4).expand(3, 64, 64)             # brighter to the right, whatever the colours
+    view = finetune.training_view(recipe("tricks_384", task="svhn"), Preprocess())
+    seen = [view(ramp, 0, i, 0).float().mean((0, 1)) for i in range(20)]
+    assert all(v[:100].mean() <= v[-100:].mean() for v in seen) and len({v.numpy().tobytes() for v in seen}) > 15
+    finetune.check_finetune(dataclasses.replace(tricks, task="clevr_count"))         # one preset for a suite
+    with pytest.raises(ValueError, match="resize must be 0"): finetune.check_finetune(dataclasses.replace(tricks, task="clevr_count", resize=400))
 
 
 def test_colour_jitter_of_patch_camelyon_reaches_its_range():
     "ColorJitter(.4, .4, .4, .4): factors in 0.6 … 1.4, hue within ± 0.4 of a turn; tricks: 0.2 … 1.8 and ± 0.2, in 80 of 100 views."
+    from seer_nb.core import stateless_rng
     seen = {}
     def keep(image, plan):
         seen.setdefault(name, []).append((plan.factor[0], plan.jitter[0], plan.grey[0], plan.sigma[0]))
         return [image]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune, "render_fast", keep)
-        for name in ("jitter", "tricks", "crop"):
-            for i in range(400): Augment(8, **finetune.AUGMENT[name])(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, i)
-    for name, strength, hue, share in (("jitter", 0.4, 0.4, 1.0), ("tricks", 0.8, 0.2, 0.8), ("crop", 0.8, 0.2, 0.0)):
+        for name in ("jitter", "swav"):
+            for i in range(400): finetune.recolour(torch.zeros(3, 8, 8, dtype=torch.uint8), stateless_rng(0, i), **finetune.COLOURS[name])
+    for name, strength, hue, share in (("jitter", 0.4, 0.4, 1.0), ("swav", 0.8, 0.2, 0.8)):
         factor, jitter, grey, sigma = map(np.array, zip(*seen[name]))
         assert 1 - strength <= factor[:, :3].min() < 1.05 - strength and 0.95 + strength < factor[:, :3].max() <= 1 + strength
         assert -hue <= factor[:, 3].min() < 0.05 - hue and hue - 0.05 < factor[:, 3].max() <= hue
         assert abs(jitter.mean() - share) < 0.06
-        assert abs(grey.mean() - 0.2 * (name == "tricks")) < 0.06 and abs((sigma > 0).mean() - 0.5 * (name == "tricks")) < 0.08
+        assert abs(grey.mean() - 0.2 * (name == "swav")) < 0.06 and abs((sigma > 0).mean() - 0.5 * (name == "swav")) < 0.08
+    assert finetune.COLOURS["none"] == {} and RUN.colours == "swav"
 
 
 @pytest.mark.parametrize("kind, theirs", [("mixup", v2.MixUp), ("cutmix", v2.CutMix)])
@@ -179,15 +215,6 @@ def test_semi_supervised_list(tmp_path):
         with pytest.raises(ValueError, match=message): finetune.listed_images(data, path)
 
 
-def test_a_thousand_images_balanced():
-    labels = torch.arange(5000) % 102
-    chosen = finetune.balanced_images(labels, 1000, seed=3)
-    assert len(set(chosen)) == 1000 and set(labels[chosen].bincount().tolist()) == {9, 10}
-    short = torch.cat([torch.zeros(4, dtype=torch.int64), torch.ones(100, dtype=torch.int64)])
-    assert short[finetune.balanced_images(short, 20)].bincount().tolist() == [4, 16]
-    with pytest.raises(ValueError, match="30 of 20"): finetune.balanced_images(labels[:20], 30)
-
-
 def test_a_bad_image_is_replaced_with_its_label(tmp_path):
     "Image i shows its label; number 3 cannot be read. No view may come with another image's label."
     def read(i):
@@ -195,7 +222,7 @@ def test_a_bad_image_is_replaced_with_its_label(tmp_path):
         return torch.full((3, 8, 8), int(labels[i]), dtype=torch.uint8)
     labels = torch.arange(12)
     data = TaskData("toy_scenes", "train", tuple("abcdefghijkl"), labels, read)
-    loader = finetune.train_loader(dataclasses.replace(RUN, augment="none", image_size=8, resize=8), data, bad_images=tmp_path / "bad.jsonl")
+    loader = finetune.train_loader(dataclasses.replace(RUN, augment="none", colours="none", image_size=8), data, Preprocess(), bad_images=tmp_path / "bad.jsonl")
     images, got = next(iter(loader))
     assert (images[:, 0, 0, 0] == got).all() and 3 not in got and len(got) == 12
     assert "truncated" in (tmp_path / "bad.jsonl").read_text()
@@ -242,7 +269,7 @@ def test_nothing_is_written_for_what_cannot_run(tmp_path):
     folder = tmp_path / "run"
     (tmp_path / "list.txt").write_text("no_such_image.png\n")
     for changes, message in (({"task": "toy_scene"}, "did you mean"), ({"model": "seer:/nowhere/x.safetensors"}, "no file"), ({"head": "swav"}, "no|none"),
-                             ({"train_images": 0, "train_list": str(tmp_path / "list.txt")}, "no_such_image"), ({"paper_model": "seer_10b"}, "no published score")):
+                             ({"train_images": 0, "train_list": str(tmp_path / "list.txt")}, "no_such_image"), ({"paper_model": "seer_10b"}, "no published score"), ({"resize": 8}, "crop <= size")):
         with pytest.raises((ValueError, FileNotFoundError), match=message): run_finetune(dataclasses.replace(RUN, run_dir=str(folder), **changes))
     assert not folder.exists()
 
@@ -266,7 +293,7 @@ def test_swav_head_keeps_the_first_layer(tmp_path, batch_norm):
     swav = SwAV(regnety("regnety_toy"), SwAVHead(352, (24, 16), 8, 10, batch_norm))
     save_file({name: t.contiguous() for name, t in swav.state_dict().items()}, tmp_path / "swav.safetensors")
     config = dataclasses.replace(RUN, model=f"seer:{tmp_path}/swav.safetensors", head="swav", run_dir=str(tmp_path / "run"), epochs=1)
-    model = finetune.open_classifier(config, 17)
+    model = finetune.new_classifier(config, 17)
     assert torch.equal(model.head.projection[0].weight, swav.head.projection[0].weight) and model.head.classifier.weight.shape == (17, 24)
     x, layers = torch.randn(6, 352), swav.head.projection[:3] if batch_norm else swav.head.projection[:1]
     want = layers(x) if batch_norm else torch.nn.BatchNorm1d(24)(layers(x)).relu()
@@ -308,7 +335,11 @@ def on_ranks(settings, images, labels, state):
     mine = slice(rank() * len(images) // 2, (rank() + 1) * len(images) // 2)
     plain(training, lambda: finetune.classification_loss(model, images[mine], labels[mine], config), 0.1)
     stepped = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
-    return {"value": result.value, "again": again.value, "said": said, "stepped": stepped}
+    alone = finetune.place_model(finetune.Classifier(regnety("regnety_toy"), finetune.Head(352, 5), finetune.Preprocess()), dataclasses.replace(config, norm_group=1), device).train()
+    with torch.no_grad(): alone(images[mine].float() / 255)                              # each rank is a group, with averages of its own
+    own = (mean := next(alone.buffers())).clone()
+    finetune.agree_on_buffers(alone)
+    return {"value": result.value, "again": again.value, "said": said, "stepped": stepped, "own": own, "agreed": mean}
 
 
 def test_two_ranks_equal_one_and_stop_together(straight, tmp_path):
@@ -322,6 +353,7 @@ def test_two_ranks_equal_one_and_stop_together(straight, tmp_path):
     images, labels, state = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8), torch.arange(16) % 5, {name: t.clone() for name, t in model.state_dict().items()}
     two, other = run_ranks(on_ranks, 2, dataclasses.asdict(dataclasses.replace(RUN, run_dir=str(tmp_path / "two"))), images, labels, state, timeout=180)
     for name in ("value", "again", "said"): assert two[name] == other[name]
+    assert torch.equal(two["agreed"], two["own"]) and torch.equal(other["agreed"], two["own"]) and not torch.equal(other["own"], two["own"])     # one network at the end
     assert two["value"] == two["again"] and "step 3 of 6 is saved" in two["said"]
     training = start_training(model.train(), RUN, CPU)
     train_step(training, lambda: classification_loss(model, images, labels, RUN), 0.1)

@@ -209,7 +209,7 @@ def test_a_run_on_files(tmp_path, solver):
     cells = geo.build_cells(geo.toy_places("train", 90).coordinates, 2, 30)
     cells_file(top / "cells_50_1000.csv", [f"0,{token},{n},{lat},{lon}" for token, n, (lat, lon) in zip(geo.tokens(cells.ids), cells.images, cells.centres)])
     config = geo.GeolocationConfig(run_dir=str(tmp_path / "run"), task="im2gps", root=str(tmp_path), cells="cells_50_1000.csv", solver=solver, l2_count=1, epochs=1, batch_size=64,
-                                   paper_model="SEER IG-1B RG-256GF")
+                                   paper_model="SEER 256GF")
     result = geo.run_geolocation(config)
     assert geo.run_geolocation(config) == result == read_results(tmp_path / "run/results.jsonl")[0]
     predicted = np.load(tmp_path / "run/predicted.npy")

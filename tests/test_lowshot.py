@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 
-from seer_nb.evaluate import lowshot, metrics
+from seer_nb.evaluate import lowshot
 from seer_nb.evaluate.features import TaskFeatures
 from seer_nb.evaluate.tasks import ROWS, TaskData, read_results, toy_row
 
@@ -194,7 +194,6 @@ def test_published_samples_never_change():
     labels = torch.arange(40) % 4
     assert lowshot.draw_shots(labels, 4, 2)[0].tolist() == [4, 5, 9, 10, 15, 16, 23, 34]
     assert lowshot.draw_shots(labels, 4, 1, seed=3, sample=2)[0].tolist() == [1, 10, 23, 28]
-    assert lowshot.draw_limited(labels, 6).tolist() == [14, 16, 22, 29, 33, 39]
 
 
 def test_shots_are_nested_balanced_and_never_difficult():
@@ -221,20 +220,6 @@ def test_samples_are_fair_and_differ():
     labels = torch.arange(20) % 2
     counts = sum(torch.zeros(20).index_add(0, lowshot.draw_shots(labels, 2, 3, sample=s)[0], torch.ones(6)) for s in range(400))
     assert (counts / 400 - 0.3).abs().max() < 0.1                      # six of twenty; four standard deviations
-    assert len({tuple(lowshot.draw_limited(labels, 5, seed=s).tolist()) for s in range(20)}) > 15
-
-
-def test_limited_sample():
-    labels = torch.from_numpy(np.random.default_rng(0).choice(7, 500, p=[0.5, 0.2, 0.1, 0.1, 0.05, 0.04, 0.01]))
-    supply, counts = labels.bincount(), labels[lowshot.draw_limited(labels, 100)].bincount(minlength=7)
-    full = counts == supply
-    assert counts.sum() == 100 and counts[~full].max() - counts[~full].min() <= 1 and counts[full].max() <= counts[~full].min()
-    assert set(lowshot.draw_limited(labels, 50).tolist()) < set(lowshot.draw_limited(labels, 51).tolist())
-    assert lowshot.draw_limited(labels, 500).tolist() == list(range(500))
-    assert labels[lowshot.draw_limited(labels, 100, balanced=False)].bincount()[0] > 30
-    for bad in (0, 501):
-        with pytest.raises(ValueError, match="between 1 and 500"): lowshot.draw_limited(labels, bad)
-    with pytest.raises(ValueError, match="one label per image"): lowshot.draw_limited(labels[:, None], 5)
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,7 +240,7 @@ def toy(monkeypatch):
         y = targets if task == "toy_voc" else labels
         return TaskFeatures(task, classes, x[:300].float(), y[:300], x[300:].float(), y[300:], "w")
 
-    rows = ROWS | {"toy_voc": dataclasses.replace(toy_row("toy_count"), slug="toy_voc", metric="mAP", paper={"seer": 0.9}, paper_source="a table")}
+    rows = ROWS | {"toy_voc": dataclasses.replace(toy_row("toy_count"), slug="toy_voc", metric="mAP", paper={"svm": {"seer": 0.9}}, paper_source="a table")}
     monkeypatch.setattr("seer_nb.evaluate.tasks.ROWS", rows)
     monkeypatch.setattr(lowshot, "drawn_features", drawn_features)
     monkeypatch.setattr(lowshot, "open_task", lambda task, root, split, n: TaskData(task, split, classes, (targets if task == "toy_voc" else labels)[:300], None))
@@ -303,10 +288,16 @@ def test_nothing_is_written_for_a_bad_config(tmp_path, toy, bad, match):
     assert not (tmp_path / "run").exists() and not toy
 
 
-def test_the_step_form_is_that_of_the_page_on_metrics():
-    rng = np.random.default_rng(0)
-    scores, targets = rng.integers(0, 8, 60) / 8, rng.choice([1, 0, -1], 60)
-    assert lowshot.average_precision(scores, targets, "step") == pytest.approx(metrics.average_precision(scores, targets))
+def test_a_thousand_images_have_a_row_of_their_own(tmp_path, toy, monkeypatch):
+    "A limited run of X is listed as X_1000 (here X_40) if there is such a row and nothing else was left out; the same run started as X_1000 draws from all images of X."
+    row = dataclasses.replace(toy_row("toy_count"), slug="toy_count_40", limit=40)
+    for where in ("seer_nb.evaluate.tasks.ROWS", "seer_nb.evaluate.lowshot.ROWS"): monkeypatch.setattr(where, ROWS | {"toy_count_40": row})
+    by_name = {task: lowshot.run_lowshot(config(tmp_path / task, task=task)) for task in ("toy_count", "toy_count_40")}
+    for results in by_name.values(): assert [r.task for r in results] == ["toy_count"] * 3 + ["toy_count_40"]
+    assert [r.value for r in by_name["toy_count"]] == [r.value for r in by_name["toy_count_40"]] and len(set(by_name["toy_count_40"][-1].details["samples"])) > 1
+    assert [r.details["interval"] for r in results] == ["95 %, bootstrap over test images"] + ["lowest to highest of 2 samples of the labels"] * 3
+    assert lowshot.run_lowshot(config(tmp_path / "toy_count_40", task="toy_count_40")) == by_name["toy_count_40"] and len(toy) == 2      # measured once
+    assert lowshot.run_lowshot(config(tmp_path, limit=30, protocols="limited"))[0].task == "toy_count"
 
 
 def test_only_the_images_that_are_drawn_go_through_the_network(tmp_path, monkeypatch):

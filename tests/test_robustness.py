@@ -292,7 +292,7 @@ def imagenet_a(monkeypatch):
     "Six images of three classes, the colour of each names its class; a classifier that reads the colour, and prefers a class that is not there."
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     data = TaskData("imagenet_a", "test", map(str, range(1000)), labels, lambda i: torch.full((3, 8, 8), 40 * int(labels[i]), dtype=torch.uint8))
-    row = tasks.Task("imagenet_a", "robustness", "ImageNet-A", 200, 0, 6, "", "top-1", 1 / 200, "natural", "", "", "", {"SEER 10B": 0.527}, "a table")
+    row = tasks.Task("imagenet_a", "robustness", "ImageNet-A", 200, 0, 6, "", "top-1", 1 / 200, "natural", "", "", "", {"robustness": {"SEER 10B": 0.527}}, "a table")
     monkeypatch.setitem(tasks.ROWS, "imagenet_a", row)
 
     def opened(slug, root="", split="train", *, n=0):

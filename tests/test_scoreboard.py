@@ -3,8 +3,10 @@ import dataclasses
 import json
 import random
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from seer_nb.evaluate import scoreboard, tasks
 from seer_nb.evaluate.tasks import Result, append_result, published_rows
@@ -94,12 +96,32 @@ def test_differences_bounds_and_other_quantities_are_left_out():
 
 
 def test_the_more_exact_source_wins():
-    cells = scoreboard.seer_cells(scoreboard.published_table()).set_index(["task", "protocol", "size"])
+    cells = scoreboard.seer_cells(scoreboard.published_table()).set_index(["task", "protocol", "model"])
     assert not cells.index.duplicated().any()
-    assert cells.paper["imagenet_a", "robustness", "10B"] == 52.7          # table 52.7, figure 52.0
-    assert cells.paper["imagenet_sketch", "robustness", "128GF"] == 40.3   # figure 40.3, rounded bar 44
-    assert cells.paper["imagenet1k", "finetune", "256GF"] == 85.2          # table 85.2, figures 85.1
-    assert cells.precision["imagenet_sketch", "robustness", "128GF"] == "digitised"
+    assert cells.paper["imagenet_a", "robustness", "SEER 10B"] == 52.7          # table 52.7, figure 52.0
+    assert cells.paper["imagenet1k", "finetune", "SEER 256GF"] == 85.2          # table 85.2, figures 85.1
+    assert cells.precision["imagenet_sketch", "robustness", "SEER 128GF"] == "digitised"
+
+
+def test_two_networks_of_one_size_have_columns_of_their_own():
+    "A finetuning of 2021 and one of 2022; the bars and the curves of two figures, 44 and 40.3 % on Sketch."
+    printed = scoreboard.published_table()
+    cells = scoreboard.seer_cells(printed).set_index(["task", "protocol", "model"]).paper
+    assert (cells["imagenet_sketch", "robustness", "SEER 128GF"], cells["imagenet_sketch", "robustness", "SEER 128GF, other finetuning"]) == (40.3, 44)
+    assert (cells["imagenet1k", "finetune", "SEER 128GF"], cells["imagenet1k", "finetune", "SEER-2021 128GF"]) == (84.5, 83.8)
+    ax, = scoreboard.draw_cells(scoreboard.score_table([a_result()]), printed, tasks=["imagenet1k"]).axes
+    columns = [t.get_text() for t in ax.get_xticklabels()]
+    row = {columns[round(t.get_position()[0] - 1.5) + 1]: t.get_text() for t in ax.texts if t.get_position()[1] == 0 and t.get_position()[0] > 0}
+    assert row["SEER 128GF"] == "84.5" and row["SEER-2021 128GF"] == "83.8" and row["SEER 128GF, other finetuning"] == "·"
+
+
+def test_new_protocols_are_on_the_board():
+    printed = scoreboard.published_table()
+    assert printed[printed.task == "copydays"].set_index("model").paper["SEER 10B"] == 90.6 and set(printed[printed.task == "copydays"].protocol) == {"copies"}
+    state = scoreboard.coverage(scoreboard.score_table([a_result(task="toy_people", protocol="labels", chance=None)]), printed).set_index(["task", "protocol"]).state
+    assert (state["copydays", "copies"], state["im2gps", "geolocation"], state["hateful_memes", "memes"]) == ("published",) * 3
+    assert (state["casual_conversations", "labels"], state["wikiart", "style"], state["toy_people", "labels"]) == ("missing", "missing", "measured here")
+    assert ("imagenet1k", "knn") in state.index and not printed[(printed.protocol == "knn") & printed.model.str.startswith("SEER")].size
 
 
 @pytest.mark.parametrize("model, network", [("SEER IG-1B RG-128GF", "regnety_128gf"), ("SEER RegNet10B", "regnety_10b"), ("SEER 700M (128GF)", "regnety_128gf"), ("RegNetY-1.6GF", "regnety_1_6gf"),
@@ -129,6 +151,63 @@ def test_groups(real_rows):
         ["natural", "robustness", "few labels", "toy", "other"]
 
 
+# ── rows, networks, intervals ────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("task, protocol, settings, row", [
+    ("dtd", "limited", {"limit": 1000, "balanced": True}, "dtd_1000"), ("dtd_1000", "limited", {"limit": 1000, "balanced": True}, "dtd_1000"),
+    ("dtd", "finetune", {"train_images": 1000, "balanced": True}, "dtd_1000"), ("dtd", "finetune", {"train_images": 1000, "balanced": False}, "dtd"),
+    ("dtd", "limited", {"limit": 999, "balanced": True}, "dtd"), ("dtd", "limited", {"limit": 1000, "balanced": False}, "dtd"), ("mnist", "limited", {"limit": 1000, "balanced": True}, "mnist"),
+    ("voc07", "lowshot", {"k": 4}, "voc07_lowshot"), ("places205", "lowshot", {"k": 4}, "places205_lowshot"), ("dtd", "lowshot", {"k": 4}, "dtd"), ("voc07", "svm", {}, "voc07")])
+def test_few_labels_reach_their_row(task, protocol, settings, row):
+    "As the low-shot and finetuning pages write them, on the task they opened."
+    table = scoreboard.score_table([a_result(task=task, protocol=protocol, settings=settings)])
+    assert table.task.tolist() == [row]
+    state = scoreboard.coverage(table, scoreboard.published_table()).set_index(["task", "protocol"]).state
+    assert state[row, protocol].startswith("measured")
+    if row != task: assert (task, protocol) not in state.index or not state[task, protocol].startswith("measured")
+
+
+def test_low_shot_pages_write_what_the_board_reads():
+    "The names of the settings that decide the row are fields of their configurations."
+    from seer_nb.evaluate import finetune, lowshot
+    assert {"limit", "balanced"} <= set(lowshot.PROTOCOLS["limited"]) and {"train_images", "balanced"} <= {f.name for f in dataclasses.fields(finetune.FinetuneConfig)}
+
+
+def test_another_network_under_an_old_name_is_not_averaged():
+    w = lambda weights, seed, value: a_result(settings={"k": 20, "weights": weights}, seed=seed, value=value)
+    table = scoreboard.score_table([w("a", 0, 0.5), w("a", 1, 0.6), w("b", 0, 0.9)])                      # measured with two seeds, then trained again
+    assert table.here.tolist() == [pytest.approx(55), pytest.approx(90)] and table.apart.tolist() == ["weights=a", "weights=b"] and table.seeds.tolist() == [2, 1]
+    table = scoreboard.score_table([w("old", 0, 0.9), w("a", 0, 0.4), w("b", 1, 0.5), w("c", 2, 0.6)])    # three pretrainings, the first one twice
+    assert table.here.tolist() == [90, pytest.approx(50)] and table.weights.tolist() == ["old", "3 networks"]
+    assert scoreboard.readable(table)["differs in"].tolist() == ["weights=old", "weights=3 networks"]
+    assert scoreboard.score_table([w("a", 0, 0.5), w("a", 0, 0.6)]).here.tolist() == [60]                 # the same once more: the newer one
+    ax, = scoreboard.draw_cells(table, scoreboard.published_table(), tasks=["toy_scenes"]).axes
+    assert {"m [old]", "m [3 networks]"} <= {t.get_text() for t in ax.get_xticklabels()}
+
+
+def test_rows_that_share_a_cell_say_what_differs():
+    rows = [a_result(settings={"k": 20, "image_size": size, "train_images": n}) for size, n in ((0, 0), (224, 0), (224, 500))]
+    table = scoreboard.score_table([*rows, a_result(task="dtd")])
+    assert table.apart.tolist() == ["image_size=0, train_images=0", "image_size=224, train_images=0", "image_size=224, train_images=500", ""]
+    fig = scoreboard.draw_scoreboard(table)
+    assert {t.get_text() for t in fig.legends[0].get_texts()} == {*(f"m ({text})" for text in table.apart[:3]), "m", "chance"}
+    assert scoreboard.score_table([a_result(settings={"solver": "sgd"}, protocol="linear"), a_result(settings={"lr": 1}, protocol="linear")]).apart.tolist() == ["solver=sgd, lr=–", "solver=–, lr=1"]
+
+
+def test_an_interval_is_called_what_it_is():
+    shot = a_result(task="voc07", protocol="lowshot", settings={"k": 4}, details={"interval": "lowest and highest sample"})
+    table = scoreboard.score_table([shot, a_result()])
+    assert table.interval.tolist() == ["lowest and highest sample", scoreboard.BOOTSTRAP]
+    shown = scoreboard.readable(table).set_index("task")["here, %"]
+    assert shown["voc07_lowshot"] == "50.0 (40.0 to 60.0, lowest and highest sample)" and shown["toy_scenes"] == "50.0 (40.0 to 60.0)"
+    assert [ax.get_xlabel().splitlines()[1] for ax in scoreboard.draw_scoreboard(table).axes] == ["bars: lowest and highest sample", f"bars: {scoreboard.BOOTSTRAP}"]
+
+
+def test_a_part_of_the_test_images_is_called_a_part():
+    shown = scoreboard.readable(scoreboard.score_table([a_result(task="dtd"), a_result(task="dtd", n=1880, model="all"), a_result(task="toy_people", protocol="labels", n=7)]))
+    assert dict(zip(shown.model + shown.task, shown["test images"])) == {"mdtd": "100 of 1,880", "alldtd": "1,880", "mtoy_people": "7"}
+
+
 # ── results of other protocols ───────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_protocols_with_their_metrics_and_a_chance_that_nobody_knows():
@@ -144,6 +223,26 @@ def test_no_results_are_an_error_and_leave_no_folder(tmp_path):
     (tmp_path / "results.jsonl").write_text("")
     with pytest.raises(ValueError, match="no results"):
         scoreboard.run_scoreboard(scoreboard.ScoreboardConfig(run_dir=str(tmp_path / "out"), results=f"{tmp_path}/*.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_measures_real_tasks(tmp_path, monkeypatch):
+    "Two probes on a folder of pictures, the size it is told, once."
+    from seer_nb.evaluate.readers import Listing
+    labels, images = np.arange(240) % 3, torch.randint(256, (240, 3, 24, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setitem(tasks.READERS, "dtd", lambda folder, split: Listing(("a", "b", "c"), labels, images.__getitem__, [str(i) for i in range(240)]))
+    config = scoreboard.ScoreboardConfig(run_dir=str(tmp_path / "out"), tasks="dtd dtd", root=str(tmp_path), image_size=32, device="cpu", protocols="knn", test_images=60)
+    table = scoreboard.run_scoreboard(config)
+    assert table.task.tolist() == ["dtd", "dtd"] and table.protocol.tolist() == ["knn k=20", "knn k=200"] and set(table.n) == {60} and set(table.kind) == {"real"}
+    assert json.loads(table.settings[0])["image_size"] == 32 and table.paper.isna().all()
+    monkeypatch.setattr(scoreboard, "evaluate_backbone", None)             # a second measurement would fail
+    assert scoreboard.run_scoreboard(config).equals(table)
+
+
+@pytest.mark.parametrize("bad, message", [({"tasks": "copydays"}, "not copydays"), ({"tasks": "voc07"}, "not voc07"), ({"tasks": "toy_people"}, "not toy_people"), ({"protocols": "svm"}, "not 'svm'"),
+                                          ({"protocols": " "}, "protocols is empty"), ({"tasks": "dtd"}, "dtd is not there"), ({"train_images": 100}, "k = 200 needs"), ({"tasks": "dt"}, "did you mean")])
+def test_what_the_board_does_not_measure(bad, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message): scoreboard.run_scoreboard(scoreboard.ScoreboardConfig(run_dir=str(tmp_path / "out"), root=str(tmp_path), **bad))
     assert not (tmp_path / "out").exists()
 
 

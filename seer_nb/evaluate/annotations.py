@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['CLEVR_COUNTS', 'CLEVR_DEPTHS', 'VEHICLES', 'KITTI_CLASSES', 'MATRIX_DTYPES', 'NORB_PARTS', 'SPRITES_IN_BLOCK',
-           'SPRITES', 'open_block', 'READERS', 'part_of', 'unpacked', 'reading', 'in_order', 'scene_count',
-           'scene_depth', 'read_scenes', 'read_clevr_count', 'read_clevr_dist', 'four_fifths', 'nearest_vehicle',
-           'read_kitti_dist', 'Matrix', 'open_matrix', 'matrix_rows', 'first_camera', 'read_small_norb',
-           'read_small_norb_elevation', 'read_small_norb_azimuth', 'open_member', 'pack_sprites', 'deflate_bits',
-           'sprite', 'read_dsprites', 'read_dsprites_loc', 'read_dsprites_orient', 'h5_array', 'patch',
-           'read_patch_camelyon', 'class_folders', 'from_folders', 'read_euro_sat', 'split_resisc45', 'read_resisc45',
-           'middle', 'middle_frame', 'read_ucf101', 'clean_class', 'read_kinetics700', 'read_wilds_iwildcam',
-           'read_hateful_memes', 'Claims', 'parse_claims', 'read_openimages']
+           'SPRITES', 'open_block', 'READERS', 'reading', 'in_order', 'scene_count', 'scene_depth', 'read_scenes',
+           'read_clevr_count', 'read_clevr_dist', 'four_fifths', 'nearest_vehicle', 'read_kitti_dist', 'Matrix',
+           'open_matrix', 'matrix_rows', 'first_camera', 'read_small_norb', 'read_small_norb_elevation',
+           'read_small_norb_azimuth', 'open_member', 'pack_sprites', 'deflate_bits', 'sprite', 'read_dsprites',
+           'read_dsprites_loc', 'read_dsprites_orient', 'h5_array', 'patch', 'read_patch_camelyon', 'class_folders',
+           'read_euro_sat', 'split_resisc45', 'read_resisc45', 'middle', 'middle_frame', 'read_ucf101', 'clean_class',
+           'read_kinetics700', 'read_wilds_iwildcam', 'read_hateful_memes', 'Claims', 'parse_claims', 'read_openimages']
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #e398501f
+# %% ../../nbs/evaluate/49_annotations.ipynb #958df6b5
 import contextlib
 import csv
 import functools
@@ -32,27 +31,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .readers import Listing, below, files, needed
+from .readers import Listing, below, by_class, files, find, image_names, needed, pick, subfolders
 from ..images import EXTENSIONS, BadImage, decode_image, shuffled
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #910310a4
-def part_of(
-    split: str,  # what was asked for
-    **parts,     # what there is, by name
-):
-    "Return one of the parts. Raises `ValueError` for a split that does not exist."
-    if split not in parts: raise ValueError(f"there is no split {split!r}; splits: {', '.join(parts)}")
-    return parts[split]
-
-
-def unpacked(
-    root,      # where the archive was unpacked, or its top folder itself
-    top: str,  # name of that folder
-) -> Path:
-    "Return the top folder of an unpacked archive."
-    return Path(root) / top if (Path(root) / top).is_dir() else Path(root)
-
-
+# %% ../../nbs/evaluate/49_annotations.ipynb #b8fed610
 @contextlib.contextmanager
 def reading(
     path,  # the file at hand
@@ -95,7 +77,7 @@ def scene_depth(
     if not 0 <= nearest <= 100: raise ValueError(f"an object is {nearest} away; CLEVR's are between 0 and 100")
     return bisect_left(CLEVR_DEPTHS, nearest)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #6afcf162
+# %% ../../nbs/evaluate/49_annotations.ipynb #f4e84c63
 def read_scenes(
     root,   # holds CLEVR_v1.0, or is it
     split,  # train or test
@@ -103,8 +85,8 @@ def read_scenes(
     place,  # place(objects) -> which of the names
 ) -> Listing:
     "Read CLEVR with labels that are computed from the objects of a scene."
-    part = part_of(split, train="train", test="val")
-    root = unpacked(root, "CLEVR_v1.0")
+    part = pick(split, train="train", test="val")
+    root = find(root, "CLEVR_v1.0", ".")
     with reading(path := root / f"scenes/CLEVR_{part}_scenes.json"):
         scenes = json.loads(path.read_bytes())["scenes"]
         pictures = [f"images/{part}/{scene['image_filename']}" for scene in scenes]
@@ -127,7 +109,7 @@ def read_clevr_dist(
     "Read CLEVR: how near is the nearest object?"
     return read_scenes(root, split, [f"below_{depth}" for depth in CLEVR_DEPTHS], scene_depth)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #b07115ee
+# %% ../../nbs/evaluate/49_annotations.ipynb #9937fe17
 def four_fifths(
     n: int,      # number of images
     split: str,  # train: 80 % of them, chosen once and for all; test: the others
@@ -135,7 +117,7 @@ def four_fifths(
     "Return which of `n` images belong to a split, ascending, int64. For data sets that VISSL split without a seed."
     if n < 1: raise ValueError("there is no image to split")
     order, cut = shuffled(np.arange(n), n, seed=0), round(0.8 * n)
-    return np.sort(part_of(split, train=order[:cut], test=order[cut:]))
+    return np.sort(pick(split, train=order[:cut], test=order[cut:]))
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #68665b26
 VEHICLES = ("Car", "Van", "Truck")
@@ -207,7 +189,7 @@ def matrix_rows(
     if len(found) < count * row: raise BadImage("truncated", f"{matrix.path} has become shorter")
     return found.reshape(count, *matrix.shape[1:])
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #8c7bc809
+# %% ../../nbs/evaluate/49_annotations.ipynb #d99679db
 NORB_PARTS = {"train": "smallnorb-5x46789x9x18x6x2x96x96-training", "test": "smallnorb-5x01235x9x18x6x2x96x96-testing"}
 
 
@@ -227,7 +209,7 @@ def read_small_norb(
     step,     # what lies between two of them in `info`
 ) -> Listing:
     "Read small NORB with an angle of the camera as label."
-    stem = Path(root) / part_of(split, **NORB_PARTS)
+    stem = Path(root) / pick(split, **NORB_PARTS)
     images, info = open_matrix(f"{stem}-dat.mat"), open_matrix(f"{stem}-info.mat")
     n = info.shape[0]
     if (info.dtype, info.shape[1:]) != ("<i4", (4,)) or images.dtype != "u1" or images.shape[:2] != (n, 2) or len(images.shape) != 4:
@@ -320,14 +302,14 @@ def sprite(
 
 open_block = functools.lru_cache(4)(zlib.decompress)   # neighbours are read one after the other
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #d80dc18a
+# %% ../../nbs/evaluate/49_annotations.ipynb #b7ca4b14
 def read_dsprites(
     root,   # holds dsprites_ndarray_….npz
     split,  # train or test
     place,  # place(latents [N, 6]) -> labels 0 … 15
 ) -> Listing:
     "Read dSprites with labels that are computed from the latent classes."
-    path = unpacked(root, "dsprites-dataset-master") / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+    path = find(root, "dsprites-dataset-master", ".") / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
     with reading(path): changed = path.stat().st_mtime_ns
     blocks, latents = pack_sprites(os.fspath(path), changed)
     chosen = four_fifths(len(latents), split)
@@ -367,7 +349,7 @@ def h5_array(
         if len(data) > 2**20 or math.prod(data.chunks or ()) > 2**28: raise ValueError(f"{key!r} promises {data.shape} in pieces of {data.chunks}, too much for PatchCamelyon")
         yield data
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #bc8007e4
+# %% ../../nbs/evaluate/49_annotations.ipynb #7b5f1cd5
 def patch(
     path,    # of a file …_x.h5
     i: int,
@@ -381,7 +363,7 @@ def read_patch_camelyon(
     split: str,  # train; test: the split "valid", as VISSL; official_test: the split "test"
 ) -> Listing:
     "Read PatchCamelyon: is there tumour tissue in the middle?"
-    stem = f"camelyonpatch_level_2_split_{part_of(split, train='train', test='valid', official_test='test')}"
+    stem = f"camelyonpatch_level_2_split_{pick(split, train='train', test='valid', official_test='test')}"
     x, y = (os.path.join(root, f"{stem}_{key}.h5") for key in "xy")
     with h5_array(y, "y", (1, 1, 1)) as data: labels = data[:].reshape(-1)
     with h5_array(x, "x", (96, 96, 3)) as data:
@@ -389,25 +371,14 @@ def read_patch_camelyon(
     if labels.max(initial=0) > 1: raise ValueError(f"{y}: a label is neither 0 nor 1")
     return Listing(("no_tumor", "tumor"), labels.astype(np.int64), partial(patch, x), np.char.mod(f"{stem}_x.h5[%d]", np.arange(len(labels))))
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #d6cb9a95
+# %% ../../nbs/evaluate/49_annotations.ipynb #418f2a22
 def class_folders(
     root,  # holds a folder per class
 ) -> dict:
-    "Return the sorted names of the pictures in each class folder, by class name, sorted."
-    with reading(root):
-        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-        pictures = {name: sorted(f for f in os.listdir(Path(root) / name) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")) for name in found}
+    "Return the sorted paths of the pictures of each class, by class name, sorted."
+    with reading(root): pictures = {name: image_names(root, name) for name in subfolders(root)}
     if not pictures: raise FileNotFoundError(f"{Path(root) / 'CLASS'} is missing")
     return pictures
-
-
-def from_folders(
-    root,            # holds a folder per class
-    pictures: dict,  # class name -> file names
-) -> Listing:
-    "Make a listing of some pictures of each class."
-    labels = np.repeat(np.arange(len(pictures)), [len(found) for found in pictures.values()])
-    return files(root, [f"{name}/{file}" for name, found in pictures.items() for file in found], labels, pictures)
 
 
 def read_euro_sat(
@@ -415,15 +386,15 @@ def read_euro_sat(
     split: str,  # train: the first 1000 of each class by name; test: the next 500
 ) -> Listing:
     "Read EuroSAT."
-    start, stop = part_of(split, train=(0, 1000), test=(1000, 1500))
-    pictures = class_folders(root := unpacked(root, "2750"))
+    start, stop = pick(split, train=(0, 1000), test=(1000, 1500))
+    pictures = class_folders(root := find(root, "2750", "."))
     for name, found in pictures.items():
         if len(found) < 1500: raise ValueError(f"{root}: {name} holds {len(found)} images, the split takes 1500")
-    return from_folders(root, {name: found[start:stop] for name, found in pictures.items()})
+    return by_class(root, {name: found[start:stop] for name, found in pictures.items()})
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #50d08426
+# %% ../../nbs/evaluate/49_annotations.ipynb #c322c628
 def split_resisc45(
-    pictures: dict,  # class name -> sorted file names
+    pictures: dict,  # class name -> sorted paths
     split: str,      # train: 80 % of each class, rounded down; test: the next 20 %, rounded down
 ) -> dict:
     "Split each class at random, with one generator for all classes in turn, as VISSL does for RESISC45."
@@ -431,7 +402,7 @@ def split_resisc45(
     for name, found in pictures.items():
         rng.shuffle(found := list(found))
         cut = int(0.8 * len(found))
-        result[name] = part_of(split, train=found[:cut], test=found[cut: cut + int(0.2 * len(found))])
+        result[name] = pick(split, train=found[:cut], test=found[cut: cut + int(0.2 * len(found))])
     return result
 
 
@@ -440,7 +411,7 @@ def read_resisc45(
     split: str,  # train or test
 ) -> Listing:
     "Read RESISC45."
-    return from_folders(root := unpacked(root, "NWPU-RESISC45"), split_resisc45(class_folders(root), split))
+    return by_class(root := find(root, "NWPU-RESISC45", "."), split_resisc45(class_folders(root), split))
 
 # %% ../../nbs/evaluate/49_annotations.ipynb #5d00cdcf
 def middle(
@@ -464,13 +435,13 @@ def middle_frame(
         return decode_image(os.path.join(path, frames[middle(len(frames))]))
     except BadImage as error: raise BadImage(error.reason, f"{error.message} ({names[i]}: were its frames extracted?)") from None
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #5a325cf1
+# %% ../../nbs/evaluate/49_annotations.ipynb #f2b937dc
 def read_ucf101(
     root,        # holds UCF-101 with extracted frames, and ucfTrainTestlist
     split: str,  # train or test, of the first of the three splits
 ) -> Listing:
     "Read the middle frames of UCF101."
-    part, lists = part_of(split, train="trainlist01.txt", test="testlist01.txt"), {}
+    part, lists = pick(split, train="trainlist01.txt", test="testlist01.txt"), {}
     for name in ("trainlist01.txt", part):
         with reading(path := Path(root) / "ucfTrainTestlist" / name):
             lists[name] = below(line.split()[0] for line in path.read_text().splitlines() if line.strip())
@@ -480,7 +451,7 @@ def read_ucf101(
     names = tuple(f"UCF-101/{os.path.splitext(film)[0]}" for film in lists[part])
     return Listing(tuple(classes), labels, partial(middle_frame, os.fspath(root), names), names)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #f28e2e71
+# %% ../../nbs/evaluate/49_annotations.ipynb #bc1f00de
 def clean_class(
     name: str,  # e.g. "playing piano (grand)"
 ) -> str:
@@ -493,7 +464,7 @@ def read_kinetics700(
     split: str,  # train or test (Kinetics' val)
 ) -> Listing:
     "Read the middle frames of Kinetics-700 (2020), of the films that exist."
-    part, films, folders = part_of(split, train="train", test="val"), set(), {}
+    part, films, folders = pick(split, train="train", test="val"), set(), {}
     for each in ("train", "val"):
         with reading(path := Path(root) / each): folders[each] = [entry.name for entry in os.scandir(path) if entry.is_dir()]
     for name in folders[part]:
@@ -504,13 +475,13 @@ def read_kinetics700(
     labels, names = zip(*[(classes.index(name), film) for name, film in sorted(films)])
     return Listing(tuple(classes), np.array(labels, np.int64), partial(middle_frame, os.fspath(root), names), names)
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #7c01e361
+# %% ../../nbs/evaluate/49_annotations.ipynb #86085236
 def read_wilds_iwildcam(
     root,        # holds metadata.csv, categories.csv and train/, of iwildcam_v2.0
     split: str,  # train; test, val: cameras never seen in training; id_test, id_val: known cameras
 ) -> Listing:
     "Read iWildCam of the WILDS benchmark: which animal is it?"
-    part_of(split, train=1, test=1, val=1, id_test=1, id_val=1)
+    pick(split, train=1, test=1, val=1, id_test=1, id_val=1)
     with reading(path := Path(root) / "categories.csv"), open(path, newline="", encoding="utf-8") as file:
         animals = {int(row["y"]): row["name"] for row in csv.DictReader(file) if 0 <= int(row["y"]) < 10_000}
     with reading(path := Path(root) / "metadata.csv"), open(path, newline="", encoding="utf-8") as file:
@@ -519,13 +490,13 @@ def read_wilds_iwildcam(
         if unknown := {y for _, y in rows} - set(animals): raise ValueError(f"the class {min(unknown)} is not in categories.csv")
         return files(root, [name for name, _ in rows], [y for _, y in rows], [animals.get(y, f"class_{y}") for y in range(max(animals) + 1)])
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #f4d3f0b9
+# %% ../../nbs/evaluate/49_annotations.ipynb #34b1359a
 def read_hateful_memes(
     root,        # holds img/, train.jsonl and dev_seen.jsonl (or dev.jsonl)
     split: str,  # train or test (the challenge's dev)
 ) -> Listing:
     "Read the images of Hateful Memes."
-    names = part_of(split, train=("train.jsonl",), test=("dev_seen.jsonl", "dev.jsonl"))
+    names = pick(split, train=("train.jsonl",), test=("dev_seen.jsonl", "dev.jsonl"))
     path = next((p for name in names if (p := Path(root) / name).exists()), Path(root) / names[0])
     with reading(path):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -582,13 +553,13 @@ def parse_claims(
     present = np.bincount(which, present, len(keys)) > 0
     return names, Claims(np.searchsorted(keys, np.arange(len(names) + 1) * len(classes)), keys % len(classes), present, len(classes))
 
-# %% ../../nbs/evaluate/49_annotations.ipynb #cadc49b1
+# %% ../../nbs/evaluate/49_annotations.ipynb #e2ab0f48
 def read_openimages(
     root,        # holds oidv6-classes-trainable.txt, the lists of human-verified labels, and folders train, validation, test of images
     split: str,  # train, test or validation
 ) -> Listing:
     "Read OpenImages V6 with its human-verified image labels; `labels` are `Claims`."
-    table = Path(root) / part_of(split, train="oidv6-train-annotations-human-imagelabels.csv", test="test-annotations-human-imagelabels.csv",
+    table = Path(root) / pick(split, train="oidv6-train-annotations-human-imagelabels.csv", test="test-annotations-human-imagelabels.csv",
                               validation="validation-annotations-human-imagelabels.csv")
     with reading(path := Path(root) / "oidv6-classes-trainable.txt"):
         classes = path.read_text().split()

@@ -11,7 +11,7 @@ __all__ = ['EARTH_KM', 'LEVELS', 'QUADRANT', 'TURN', 'SOLVERS', 'check_places', 
            'published_within', 'blind_guess', 'measure_places', 'check_geolocation', 'open_places',
            'geolocation_settings', 'score_places', 'run_geolocation', 'great_circle_path', 'draw_map']
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #1d40eff6
+# %% ../../nbs/evaluate/64_geolocation.ipynb #291344a5
 import csv
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ import torch
 from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
 from ..distributed import barrier, gather_json, is_main, setup
 from .features import extract
-from .finetune import (classification_loss, fit, learning_rate, open_classifier, place_model, recipe, score_images, start_training,
+from .finetune import (check_finetune, classification_loss, fit, learning_rate, new_classifier, place_model, recipe, score_images, start_training,
                                        train_loader)
 from .linear import (cached_batches, fit_logistic, fold_taps, head_scores, make_heads, probe_recipe, standardize, sweep_l2, train_heads)
 from .metrics import mean_interval
 from .readers import below, find, read_image
-from .tasks import (BENCHMARKS, Result, TaskData, append_result, find_result, missing_message, needed, open_model, pick_device,
+from .tasks import (BENCHMARKS, Result, TaskData, append_result, find_result, missing_message, model_name, needed, open_model, pick_device,
                                     published_rows, subset, task_folder, task_row, weights_hash)
 
 # %% ../../nbs/evaluate/64_geolocation.ipynb #176110cc
@@ -418,7 +418,7 @@ def probe_cells(
     train_heads(heads, batches, probe_recipe(config.task, **changes))
     return head_scores(heads, fold_taps({"avgpool": test_features}))[head].log_softmax(1)
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #70ff64df
+# %% ../../nbs/evaluate/64_geolocation.ipynb #91969947
 def cell_recipe(
     config: GeolocationConfig,
     size: int,  # pixels of the photographs
@@ -427,8 +427,8 @@ def cell_recipe(
     own = recipe("im2gps")
     changes = {name: getattr(config, name) for name in ("epochs", "lr") if getattr(config, name)}
     stretch = changes.get("epochs", own.epochs) / own.epochs
-    return dataclasses.replace(own, **changes, milestones=" ".join(f"{float(m) * stretch:g}" for m in own.milestones.split()), model=config.model, seed=config.seed,
-                               image_size=size, resize=size, batch_size=config.batch_size, workers=config.workers, device=config.device or "auto",
+    return dataclasses.replace(own, **changes, milestones=" ".join(f"{float(m) * stretch:g}" for m in own.milestones.split()), model=config.model, task=config.task, seed=config.seed,
+                               image_size=size, batch_size=config.batch_size, workers=config.workers, device=config.device or "auto",
                                precision=config.precision, cuts=config.cuts, test_batch=config.extract_batch)
 
 
@@ -443,11 +443,11 @@ def finetune_cells(
     "Fine-tune a network to name cells, by all ranks together; return the log probabilities of the test photographs, float32 `[M, C]`, on every rank."
     data = subset(TaskData(train.slug, "train", range(n_cells), labels, train.read, train.name), torch.nonzero(labels >= 0)[:, 0].numpy())
     settings = cell_recipe(config, config.image_size or train.read(0).shape[1])
-    device, model = setup(settings.device, settings.timeout), open_classifier(settings, n_cells)
+    device, model = setup(settings.device, settings.timeout), new_classifier(settings, n_cells)
     epoch = settings.batch_size / len(data)                                     # epochs per step
     training = start_training(place_model(model, settings, device), settings, device)
     loss_of = lambda batch: classification_loss(model, *(part.to(device, non_blocking=True) for part in batch), settings)
-    fit(training, settings, run, max(1, round(settings.epochs / epoch)), functools.partial(train_loader, settings, data), loss_of, lambda step: learning_rate(step * epoch, settings))
+    fit(training, settings, run, max(1, round(settings.epochs / epoch)), functools.partial(train_loader, settings, data, model.preprocess), loss_of, lambda step: learning_rate(step * epoch, settings))
     return score_images(model, test, settings.test_batch, settings.precision, settings.workers, settings.channels_last).log_softmax(1)
 
 # %% ../../nbs/evaluate/64_geolocation.ipynb #3b00125c
@@ -475,7 +475,7 @@ def score_partitions(
         alone.append({"cells": len(cells.ids), "right_cell": right, "within": accuracy_within(cells.centres[guess], true).tolist()})
     return partitions[-1].centres[combine_partitions(tables, partitions).argmax(1)], alone
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #8cbc21f1
+# %% ../../nbs/evaluate/64_geolocation.ipynb #90c5622e
 def published_within(
     slug: str,  # im2gps
 ) -> dict:
@@ -483,7 +483,7 @@ def published_within(
     found = {}
     for row in published_rows():
         match = re.fullmatch(r"% within (\d+) km", row["metric"])
-        if match and row["benchmark"] in BENCHMARKS.get(slug, ()): found.setdefault(row["model"], {})[int(match[1])] = (float(row["value"]) / 100, row["source"])
+        if match and row["benchmark"] in BENCHMARKS.get(slug, ()): found.setdefault(model_name(row), {})[int(match[1])] = (float(row["value"]) / 100, row["source"])
     return found
 
 
@@ -509,7 +509,7 @@ def measure_places(
     return {level: {"km": km, "value": float(np.mean(distance <= km)), **dict(zip(("low", "high"), mean_interval(distance <= km, seed=seed))),
                     "chance": float(np.mean(guessed <= km)), "paper": published.get(km, (None, ""))[0]} for level, km in LEVELS.items()}
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #7e69cd9b
+# %% ../../nbs/evaluate/64_geolocation.ipynb #cc189940
 SOLVERS = {   # solver -> parameters that decide its number
     "lbfgs": ("validation_share", "l2_low", "l2_high", "l2_count"), "sgd": ("epochs", "batch_size", "lr"), "finetune": ("epochs", "batch_size", "lr", "precision"),
 }
@@ -524,7 +524,7 @@ def check_geolocation(
     if config.paper_model and config.paper_model not in (known := published_within(config.task)):
         raise ValueError(f"no published score of {config.paper_model!r} on {config.task}{did_you_mean(config.paper_model, known)}; published: {', '.join(known) or 'none'}")
     if config.solver not in SOLVERS: raise ValueError(f"solver must be {', '.join(SOLVERS)}, not {config.solver!r}")
-    if config.solver == "finetune": cell_recipe(config, 224)
+    if config.solver == "finetune": check_finetune(cell_recipe(config, config.image_size or 224))
     if config.l2_count < 1 or not 0 < config.l2_low <= config.l2_high: raise ValueError("the penalties go from l2_low > 0 up to l2_high, at least one")
 
 

@@ -6,7 +6,7 @@
 __all__ = ['largest', 'nearest_neighbours', 'count_votes', 'check_labels', 'knn_votes', 'speed_problem', 'timed', 'measure_speed',
            'main', 'KnnConfig', 'knn_settings', 'score_knn', 'check_knn', 'open_knn_features', 'run_knn']
 
-# %% ../../nbs/evaluate/53_knn.ipynb #030d9d51
+# %% ../../nbs/evaluate/53_knn.ipynb #f8c1727f
 import argparse
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from ..core import MetricLog, RunDir, make_config, write_atomic
 from .features import TaskFeatures, open_store, task_features
-from .linear import check_config, make_record
+from .linear import make_record
 from .metrics import measure, top_k_accuracy
 from .tasks import Result, append_result, find_result, needed, open_model, open_task, pick_device, task_row, weights_hash
 
@@ -192,7 +192,7 @@ def main(argv=None):
     if results: MetricLog(results).log(**row)
     print("\n".join(f"{name:20} {round(value, 3) if isinstance(value, float) else value}" for name, value in row.items()))
 
-# %% ../../nbs/evaluate/53_knn.ipynb #2f8aecc5
+# %% ../../nbs/evaluate/53_knn.ipynb #ee586bf2
 @dataclasses.dataclass(frozen=True)
 class KnnConfig:
     "Parameters of a k-NN evaluation."
@@ -202,7 +202,6 @@ class KnnConfig:
     model: str = "random:regnety_toy"   # backbone, as in open_model
     task: str = "toy_scenes"            # slug of TASKS
     root: str = ""                      # folder that holds the data sets; toy tasks need none
-    paper_model: str = ""               # published model to compare with; empty: none
     image_size: int = 0                 # pixels after resize and crop, 224 in the paper; 0: images as they are
     train_images: int = 0               # use only so many training images; 0: all
     test_images: int = 0                # use only so many test images; 0: all
@@ -241,7 +240,7 @@ def score_knn(
     details = {"top5": top_k_accuracy(votes, features.test_labels, 5)} if n_classes > 5 else {}
     return make_record(features.task, config, "knn", settings or knn_settings(config, features.weights), measured, len(votes), seconds, **details), votes, index
 
-# %% ../../nbs/evaluate/53_knn.ipynb #3d394187
+# %% ../../nbs/evaluate/53_knn.ipynb #5ec174d5
 def check_knn(
     config: KnnConfig,
     n: int,  # training images
@@ -273,9 +272,8 @@ def run_knn(
     """Run k-NN in its run folder: `results.jsonl` gets one line, `scores.npy` the votes for the test images, `neighbours.npy` the nearest seven.
 
     A result that is already there for the same settings and weights is returned. Raises `ValueError` before anything is written for a
-    task, model, store or published model that does not exist, and for a `k` larger than the training set.
+    task, model or store that does not exist, and for a `k` larger than the training set.
     """
-    check_config(config)
     check_knn(config, config.train_images or task_row(config.task).train)
     settings, features = open_knn_features(config)
     run = RunDir(config.run_dir, "knn")

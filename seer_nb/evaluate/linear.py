@@ -630,7 +630,7 @@ def linear_settings(
 # %% ../../nbs/evaluate/52_linear.ipynb #9f4cdf8b
 def make_record(
     task: str,        # slug
-    config,           # has model, seed and paper_model
+    config,           # has model and seed; paper_model, if there is something to compare with
     protocol: str,    # linear, knn, …
     settings: dict,   # what decides the number
     measured: tuple,  # score and the ends of its interval
@@ -641,16 +641,15 @@ def make_record(
     "Make the record of one measurement."
     row = task_row(task)
     return Result(row.slug, config.model, protocol, settings, row.metric, *measured, n, round(seconds, 3), row.chance,
-                  *paper_score(task, config.paper_model), config.seed, details)
+                  *paper_score(task, getattr(config, "paper_model", ""), protocol), config.seed, details)
 
 
 def check_config(
-    config,  # has task and paper_model
+    config,         # has task and paper_model
+    protocol: str,  # of the result
 ):
-    "Raise `ValueError` for a task that does not exist, or a `paper_model` without a published score on it."
-    row = task_row(config.task)
-    if config.paper_model and config.paper_model not in row.paper:
-        raise ValueError(f"no published score of {config.paper_model!r} on {row.slug}; published: {', '.join(row.paper) or 'none'}")
+    "Raise `ValueError` for a task that does not exist, or a `paper_model` without a published score on it by this protocol."
+    paper_score(config.task, config.paper_model, protocol)
 
 # %% ../../nbs/evaluate/52_linear.ipynb #fa1de556
 def score_lbfgs(
@@ -709,7 +708,7 @@ def run_linear(
 
     Raises `ValueError` before anything is written for a task, model, solver, head or published model that does not exist.
     """
-    check_config(config)
+    check_config(config, "linear")
     linear_settings(config, "")
     if config.seeds < 1: raise ValueError(f"seeds must be at least 1, got {config.seeds}")
     run, model = RunDir(config.run_dir, "linear"), open_model(config.model, seed=config.seed, device=pick_device(config.device))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'top_k_hits', 'top_k_accuracy', 'mean_per_class_accuracy', 'macro_f1', 'roc_auc', 'checked_targets',
-           'average_precision', 'mean_average_precision', 'confidence_bins', 'calibration_error', 'bootstrap_interval',
-           'resampled_counts', 'mean_interval', 'chunk_sizes', 'paired_interval', 'mean_per_class_interval', 'measure']
+           'precision_area', 'average_precision', 'mean_average_precision', 'confidence_bins', 'calibration_error',
+           'bootstrap_interval', 'resampled_counts', 'mean_interval', 'chunk_sizes', 'paired_interval',
+           'mean_per_class_interval', 'measure']
 
 # %% ../../nbs/evaluate/47_metrics.ipynb #045a6932
 import numpy as np
@@ -87,34 +88,48 @@ def checked_targets(
     if np.isnan(scores).any(): raise ValueError("some scores are not a number")
     return scores[targets >= 0], targets[targets >= 0]
 
-# %% ../../nbs/evaluate/47_metrics.ipynb #f3460f56
-def average_precision(
-    scores,   # [N], higher: more likely positive
-    targets,  # [N] of 1 and 0; -1: left out
+# %% ../../nbs/evaluate/47_metrics.ipynb #aefc37ee
+def precision_area(
+    hits,                # [N] whether each sample is positive, highest score first
+    positives: int,      # how many there are to find
+    kind: str = "step",  # step (scikit-learn, torchmetrics), or of the smoothed curve: area (VISSL, VOC from 2010) or 11-point (VOC 2007)
+    ends=None,           # [G] places of the last sample of each score; None: no two scores are equal
 ) -> float:
-    """Return the mean, over the positive samples, of the precision at their place in the ranking; samples of equal score share a place.
+    "Return the average precision of a ranking; NaN if there is nothing to find. Raises `ValueError` for another kind."
+    if kind not in ("step", "area", "11-point"): raise ValueError(f"kind must be step, area or 11-point, not {kind!r}")
+    if not positives: return float("nan")
+    found = np.cumsum(np.asarray(hits, bool))
+    ends = np.arange(len(found)) if ends is None else ends
+    found, precision = found[ends], found[ends] / (ends + 1)
+    if kind != "step": precision = np.maximum.accumulate(precision[::-1])[::-1]                    # the best at this recall or a higher one
+    if kind == "11-point": return float(np.mean([precision[10 * found >= tenths * positives].max(initial=0) for tenths in range(11)]))
+    return float((np.diff(found, prepend=0) * precision).sum() / positives)
 
-    This is the area under the stepwise precision-recall curve; `lowshot.average_precision` has the interpolated forms of VOC. Raises `ValueError` without positives.
-    """
+# %% ../../nbs/evaluate/47_metrics.ipynb #2d49ea4f
+def average_precision(
+    scores,              # [N], higher: more likely positive
+    targets,             # [N] of 1 and 0; -1: left out
+    kind: str = "step",  # step, area or 11-point, as in precision_area
+) -> float:
+    "Return the average precision of scores; samples of equal score share a place. Raises `ValueError` without positives."
     scores, targets = checked_targets(np.asarray(scores, np.float64), np.asarray(targets))
     if not (targets == 1).any(): raise ValueError("average precision needs at least one positive sample")
     order = np.argsort(-scores, kind="stable")
-    scores, hits = scores[order], np.cumsum(targets[order] == 1)
-    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)      # last sample of each score
-    gained = np.diff(hits[ends], prepend=0)
-    return float((gained * hits[ends] / (ends + 1)).sum() / hits[-1])
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)      # last sample of each score
+    return precision_area(targets[order] == 1, (targets == 1).sum(), kind, ends)
 
-# %% ../../nbs/evaluate/47_metrics.ipynb #177acc02
+# %% ../../nbs/evaluate/47_metrics.ipynb #c5b5a6a3
 def mean_average_precision(
-    scores,   # [N, C] array or tensor
-    targets,  # [N, C] of 1 and 0; -1: left out
+    scores,              # [N, C] array or tensor
+    targets,             # [N, C] of 1 and 0; -1: left out
+    kind: str = "step",  # step, area or 11-point, as in precision_area
 ) -> float:
     "Average `average_precision` over the classes that have a positive sample."
     scores, targets = np.asarray(scores), np.asarray(targets)
     if scores.ndim != 2 or scores.shape != targets.shape: raise ValueError(f"scores and targets [N, C] do not fit: {list(scores.shape)}, {list(targets.shape)}")
     known = np.flatnonzero((targets == 1).any(0))
     if not len(known): raise ValueError("no class has a positive sample")
-    return float(np.mean([average_precision(scores[:, c], targets[:, c]) for c in known]))
+    return float(np.mean([average_precision(scores[:, c], targets[:, c], kind) for c in known]))
 
 # %% ../../nbs/evaluate/47_metrics.ipynb #77072d26
 def confidence_bins(

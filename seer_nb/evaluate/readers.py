@@ -7,13 +7,13 @@ __all__ = ['MATLAB_LIMIT', 'read_imagenet1k_1pct', 'read_imagenet1k_10pct', 'SPL
            'read_image', 'below', 'files', 'find', 'pick', 'needed', 'subfolders', 'image_names', 'folders',
            'imagenet_classes', 'wnid_folders', 'lines', 'matlab', 'flat_validation', 'read_imagenet1k',
            'read_imagenet1k_part', 'read_imagenet_a', 'read_imagenet_r', 'read_imagenet_sketch', 'read_imagenet_v2',
-           'shuffled_names', 'split_folders', 'read_caltech101', 'read_sun397', 'torchvision_files', 'read_food101',
-           'read_fgvc_aircrafts', 'read_oxford_pets', 'read_dtd', 'read_places205', 'read_inaturalist18', 'read_ppm',
-           'read_gtsrb', 'read_oxford_flowers', 'read_stanford_cars', 'read_array', 'packed', 'known', 'read_mnist',
-           'read_cifar10', 'read_cifar100', 'read_stl10', 'read_svhn', 'voc_objects', 'voc_labels', 'read_voc07',
-           'imagenet_numbers', 'read_imagenet_real', 'objectnet_numbers', 'read_objectnet']
+           'shuffled_names', 'by_class', 'split_folders', 'read_caltech101', 'read_sun397', 'torchvision_files',
+           'read_food101', 'read_fgvc_aircrafts', 'read_oxford_pets', 'read_dtd', 'read_places205',
+           'read_inaturalist18', 'read_ppm', 'read_gtsrb', 'read_oxford_flowers', 'read_stanford_cars', 'read_array',
+           'packed', 'known', 'read_mnist', 'read_cifar10', 'read_cifar100', 'read_stl10', 'read_svhn', 'voc_objects',
+           'voc_labels', 'read_voc07', 'imagenet_numbers', 'read_imagenet_real', 'objectnet_numbers', 'read_objectnet']
 
-# %% ../../nbs/evaluate/48_readers.ipynb #82e6f57d
+# %% ../../nbs/evaluate/48_readers.ipynb #4e68a6e2
 import csv
 import errno
 import functools
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images import EXTENSIONS, MAX_PIXELS, BadImage, decode_image
+from ..images import EXTENSIONS, MAX_PIXELS, BadImage, decode_image, shuffled
 
 # %% ../../nbs/evaluate/48_readers.ipynb #65fc96ae
 class Listing(NamedTuple):
@@ -80,7 +80,7 @@ def files(
         raise ValueError(f"labels from {labels.min()} to {labels.max()}, but {len(classes)} classes")
     return Listing(classes, labels.astype(np.int8 if labels.ndim == 2 else np.int64), functools.partial(read, os.fspath(root), names, border), names)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #b1064fc8
+# %% ../../nbs/evaluate/48_readers.ipynb #72a6f467
 def find(
     root,          # the data set's folder
     *candidates,   # paths below it, the usual one first
@@ -95,11 +95,13 @@ def pick(
     split: str,  # train or test
     train,       # None if there are no training images
     test,
+    **others,    # of a data set that has more splits, by name
 ):
-    "Return `train` or `test`. Raises `ValueError` for another split, and for training images where there are none."
-    if split not in ("train", "test"): raise ValueError(f"the splits are 'train' and 'test', not {split!r}")
-    if split == "train" and train is None: raise ValueError("this data set has only a test split; its classes are trained on imagenet1k")
-    return train if split == "train" else test
+    "Return what belongs to a split. Raises `ValueError` for a split that does not exist, and for training images where there are none."
+    parts = {"train": train, "test": test} | others
+    if split not in parts: raise ValueError(f"the splits are {', '.join(map(repr, parts))}, not {split!r}")
+    if parts[split] is None: raise ValueError("this data set has only a test split; its classes are trained on imagenet1k")
+    return parts[split]
 
 
 def needed(
@@ -229,7 +231,7 @@ def read_imagenet_v2(root: Path, split: str) -> Listing:
     folder = find(root, pick(split, None, "imagenetv2-matched-frequency-format-val"), "imagenetv2-matched-frequency")
     return folders(folder, {str(k): k for k in range(1000)}, imagenet_classes())
 
-# %% ../../nbs/evaluate/48_readers.ipynb #448afd13
+# %% ../../nbs/evaluate/48_readers.ipynb #58165432
 SPLIT_SEED = 0
 
 
@@ -238,27 +240,32 @@ def shuffled_names(
     k: int,    # number of the class
 ) -> list:
     "Return the names in a random order that depends on nothing but SPLIT_SEED, `k` and how many there are."
-    return [names[i] for i in np.random.default_rng([SPLIT_SEED, k]).permutation(len(names))]
+    return [names[i] for i in shuffled(np.arange(len(names)), len(names), SPLIT_SEED, k)] if names else []
+
+
+def by_class(
+    root,            # folder that the names start from
+    pictures: dict,  # class name -> paths below root
+) -> Listing:
+    "Make the listing of some images of each class."
+    labels = np.repeat(np.arange(len(pictures)), [len(found) for found in pictures.values()])
+    return files(root, [name for found in pictures.values() for name in found], labels, pictures)
 
 
 def split_folders(
-    root,      # folder that the names start from
-    classes,   # names of the classes
-    places,    # folder of each class, below root
-    keep,      # keep(n) -> slice of the n shuffled images of a class
+    root,          # folder that the names start from
+    places: dict,  # class name -> its folder below root
+    keep,          # keep(n) -> slice of the n shuffled images of a class
 ) -> Listing:
     "List a folder per class, a seeded part of each."
-    parts = [shuffled_names(image_names(root, place), k) for k, place in enumerate(places)]
-    parts = [sorted(part[keep(len(part))]) for part in parts]
-    labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return files(root, [name for part in parts for name in part], labels, classes)
+    drawn = {name: shuffled_names(image_names(root, place), k) for k, (name, place) in enumerate(places.items())}
+    return by_class(root, {name: sorted(found[keep(len(found))]) for name, found in drawn.items()})
 
-# %% ../../nbs/evaluate/48_readers.ipynb #308e1560
+# %% ../../nbs/evaluate/48_readers.ipynb #24920bd4
 def read_caltech101(root: Path, split: str) -> Listing:
     "Read Caltech-101: `101_ObjectCategories/CLASS/*.jpg`, 30 seeded images per class for training, with the background class."
     folder = find(root, "101_ObjectCategories", "caltech-101/101_ObjectCategories", "caltech101/101_ObjectCategories")
-    classes = subfolders(folder)
-    return split_folders(folder, classes, classes, pick(split, lambda n: slice(30), lambda n: slice(30, None)))
+    return split_folders(folder, {name: name for name in subfolders(folder)}, pick(split, lambda n: slice(30), lambda n: slice(30, None)))
 
 
 def read_sun397(root: Path, split: str) -> Listing:
@@ -266,7 +273,7 @@ def read_sun397(root: Path, split: str) -> Listing:
     folder = find(root, "SUN397")
     places = below(line.strip().lstrip("/") for line in (folder / "ClassName.txt").read_text(encoding="utf-8").splitlines() if line.strip())
     keep = pick(split, lambda n: slice(n * 7 // 10), lambda n: slice(n * 8 // 10, None))
-    return split_folders(folder, [place[2:] for place in places], places, keep)
+    return split_folders(folder, {place[2:]: place for place in places}, keep)
 
 # %% ../../nbs/evaluate/48_readers.ipynb #0c8e4187
 def torchvision_files(
@@ -292,7 +299,7 @@ def read_fgvc_aircrafts(root: Path, split: str) -> Listing:
     from torchvision.datasets import FGVCAircraft
     return torchvision_files(root, data := FGVCAircraft(root, part, loader=str), data.classes)
 
-# %% ../../nbs/evaluate/48_readers.ipynb #96b5e02a
+# %% ../../nbs/evaluate/48_readers.ipynb #ab330bac
 def read_oxford_pets(root: Path, split: str) -> Listing:
     "Read Oxford Pets: `annotations/trainval.txt`, `annotations/test.txt` and `images`."
     top = find(root, "annotations", "oxford-iiit-pet/annotations").parent
@@ -304,8 +311,8 @@ def read_oxford_pets(root: Path, split: str) -> Listing:
 
 def read_dtd(root: Path, split: str) -> Listing:
     "Read the Describable Textures, first of ten splits: `dtd/labels/train1.txt`, `test1.txt` and `dtd/images`."
-    top = find(root, "dtd", "dtd/dtd")
-    top = top / "dtd" if (top / "dtd").is_dir() else top
+    top = find(root, "dtd")
+    top = top / "dtd" if (top / "dtd").is_dir() else top      # as torchvision unpacks it
     names, classes = [line[0] for line in lines(top / "labels" / pick(split, "train1.txt", "test1.txt"))], subfolders(top / "images")
     return files(top / "images", names, [classes.index(name.partition("/")[0]) for name in names], classes)
 
@@ -381,7 +388,7 @@ def read_stanford_cars(root: Path, split: str) -> Listing:
     return files(devkit.parent / pick(split, "cars_train", "cars_test"), [str(row["fname"]) for row in rows],
                  [int(row["class"]) - 1 for row in rows], [str(name) for name in classes])
 
-# %% ../../nbs/evaluate/48_readers.ipynb #852e82e7
+# %% ../../nbs/evaluate/48_readers.ipynb #6c9a292b
 def read_array(
     pixels: np.ndarray,  # uint8 [N, H, W] or [N, 3, H, W]
     i: int,
@@ -403,20 +410,21 @@ def packed(
 
 
 def known(
-    kind: str,  # name of a class of torchvision.datasets that compares MD5 sums
+    kind: str,  # CIFAR10, CIFAR100 or SVHN: the classes of torchvision.datasets that compare MD5 sums
     root,
     *args, **kwargs,
 ):
-    "Open a torchvision data set. Raises `ValueError` for files that are not the published ones."
+    "Open a torchvision data set that is compared with the published one. Raises `ValueError` for files that are not the published ones."
     try: return getattr(importlib.import_module("torchvision.datasets"), kind)(root, *args, **kwargs)
     except RuntimeError:
         raise ValueError(f"{Path(root).name} holds files that are not the published ones, or not all of them: unpack the download again") from None
 
-# %% ../../nbs/evaluate/48_readers.ipynb #1dfd9e52
+# %% ../../nbs/evaluate/48_readers.ipynb #0b7a46b3
 def read_mnist(root: Path, split: str) -> Listing:
     "Read MNIST: `MNIST/raw/train-images-idx3-ubyte`, …"
     for kind in ("images-idx3", "labels-idx1"): find(root, f"MNIST/raw/{(part := pick(split, 'train', 't10k'))}-{kind}-ubyte")
-    data = known("MNIST", root, train=split == "train")
+    from torchvision.datasets import MNIST
+    data = MNIST(root, train=split == "train")
     return packed("0123456789", data.data.numpy(), data.targets.numpy(), part)
 
 

@@ -500,7 +500,7 @@ def score_robustness(
         values = damaged.mean((0, 1))
     low, high = bootstrap_interval(np.mean, values, seed=config.seed)
     result = Result(row.slug, config.model, "corruption" if names else "robustness", settings, row.metric, float(values.mean()), low, high, len(values),
-                    round(time.perf_counter() - start, 3), row.chance, *paper_score(row.slug, config.paper_model),
+                    round(time.perf_counter() - start, 3), row.chance, *paper_score(row.slug, config.paper_model, "corruption" if names else "robustness"),
                     config.seed, details)
     return result, logits
 
@@ -513,8 +513,7 @@ def run_robustness(
     A result that is already there for the same settings and weights is returned; passes over corrupted images that are done are not made again.
     Raises `ValueError` before anything is written for a task, model, corruption or published model that does not exist.
     """
-    check_config(config)
-    corruption_names(config.corruptions)
+    check_config(config, "corruption" if corruption_names(config.corruptions) else "robustness")
     if config.probe and config.probe_task: raise ValueError("give probe or probe_task, not both")
     test = open_task(config.task, config.root, "test", n=config.test_images)
     if config.probe_task and (train := open_task(config.probe_task, config.root, "train", n=config.train_images)).classes != test.classes:
