@@ -6,7 +6,7 @@
 __all__ = ['RANK_LOST', 'Place', 'first_host', 'find_place', 'Ranks', 'start_ranks', 'run_ranks', 'rank', 'world_size',
            'local_rank', 'is_main', 'world_group', 'barrier', 'setup', 'shutdown', 'all_reduce_mean', 'all_reduce_max',
            'gather_json', 'norm_group', 'GroupBatchNorm', 'sync_batch_norm', 'Traffic', 'Report', 'whereabouts',
-           'find_lost', 'RankLost', 'Watchdog', 'StopRequest']
+           'find_lost', 'RankLost', 'Watchdog', 'Preempted', 'StopRequest']
 
 # %% ../nbs/40_distributed.ipynb #5d853c6c
 import contextlib
@@ -599,6 +599,10 @@ class Watchdog:
         if self.verdict: raise RankLost(self.verdict) from error
 
 # %% ../nbs/40_distributed.ipynb #debd09c8
+class Preempted(RuntimeError):
+    "A run was told to stop before its end, and has saved its state; the same call goes on."
+
+
 class StopRequest:
     """Write SIGTERM and SIGUSR2 down inside a `with` block, instead of dying of them, and let all ranks know at the same step.
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'PEAKS', 'NO_STEPS', 'PretrainConfig', 'Training', 'build_training', 'NotFinite', 'train_step',
-           'build_loader', 'pack', 'training_flops', 'RunResult', 'Preempted', 'pretrain']
+           'build_loader', 'pack', 'training_flops', 'RunResult', 'pretrain']
 
 # %% ../nbs/32_trainer.ipynb #b9f2f758
 import dataclasses
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from .checkpoints import CheckpointManager, Piece, export_backbone, saved_steps
 from .core import MetricLog, RunDir, progress
-from .distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_group, world_size
+from .distributed import Preempted, StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_group, world_size
 from .images import Samples, SmallCopies, bad_image_report, guarded, open_images
 from .larc import LARC, warmup_cosine
 from .multicrop import GpuAugment, MultiCrop, collate_crops, init_worker, normalize
@@ -381,10 +381,6 @@ class RunResult(NamedTuple):
     loss: float       # mean loss since the last row of metrics.jsonl but one
     backbone: Path    # weights of the backbone, safetensors
     bad_images: dict  # reason -> number of images that could not be used
-
-
-class Preempted(RuntimeError):
-    "The run was told to stop before its end, and has saved its state; the same call goes on."
 
 # %% ../nbs/32_trainer.ipynb #46d6a5a5
 def _continue(config, source, run, device, watchdog, manager, request):

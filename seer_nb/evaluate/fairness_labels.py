@@ -32,7 +32,7 @@ from .groups import (JSON_LIMIT, GroupRate, People, draw_rates, group_rates, joi
                                      toy_figure, toy_people)
 from .readers import below, folders, imagenet_classes, needed, read_image, subfolders
 from .robustness import fit_head, join, open_classifier, save_probe
-from .tasks import (Result, TaskData, append_result, choose, find_result, missing_message, open_model, pick_device, published_rows, subset, task_folder,
+from .tasks import (Result, TaskData, append_result, draw_images, find_result, missing_message, open_model, pick_device, published_rows, subset, task_folder,
                                     task_row, weights_hash)
 from ..images import FORMATS
 
@@ -352,7 +352,7 @@ def open_archive(
         if not Path(config.archive).is_dir() or len(labels := subfolders(config.archive)) < 2: raise ValueError(f"{config.archive} has no folders of images, one per label")
         listing = folders(config.archive, {label: k for k, label in enumerate(labels)}, labels)
         data = TaskData("archive", "train", labels, listing.labels, listing.read, listing.names.__getitem__)
-    return subset(data, choose(data.labels, config.train_images)) if 0 < config.train_images < len(data) else data
+    return subset(data, draw_images(data.labels, config.train_images)) if 0 < config.train_images < len(data) else data
 
 # %% ../../nbs/evaluate/60_fairness_labels.ipynb #b62c2857
 def read_taxonomy(

@@ -7,8 +7,8 @@ __all__ = ['COLOURS', 'MAY_CHANGE', 'RECIPES', 'Head', 'Classifier', 'swav_layer
            'mix', 'learning_rate', 'FinetuneConfig', 'result_task', 'check_finetune', 'parameter_groups',
            'listed_images', 'training_images', 'Training', 'start_training', 'train_step', 'classification_loss',
            'train_loader', 'recompute', 'new_classifier', 'place_model', 'pack', 'network_numbers', 'step_key',
-           'Preempted', 'agree_on_buffers', 'fit', 'score_images', 'save_finetuned', 'load_finetuned',
-           'finetune_settings', 'run_finetune', 'recipe']
+           'agree_on_buffers', 'fit', 'score_images', 'save_finetuned', 'load_finetuned', 'finetune_settings',
+           'run_finetune', 'recipe']
 
 # %% ../../nbs/evaluate/55_finetune.ipynb #0639e508
 import dataclasses
@@ -29,7 +29,7 @@ from torch import nn
 from ..checkpoints import CheckpointManager, load_newest
 from ..containers import Entry
 from ..core import MetricLog, RunDir, make_config, progress, stateless_rng, write_atomic
-from ..distributed import StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_size
+from ..distributed import Preempted, StopRequest, Watchdog, all_reduce_mean, barrier, gather_json, is_main, rank, setup, shutdown, sync_batch_norm, world_size
 from .metrics import measure
 from .tasks import (ROWS, VIEWS, Result, TaskData, append_result, eval_transform, find_result, open_model, open_task, paper_score, paper_text, subset, task_row,
                                     train_transform, weights_hash)
@@ -411,10 +411,6 @@ def step_key(
     return int(stateless_rng(*key, 0, 58).integers(2**62))
 
 # %% ../../nbs/evaluate/55_finetune.ipynb #f0134a5d
-class Preempted(RuntimeError):
-    "The run was told to stop before its end, and has saved its state; the same call goes on."
-
-
 def _loop(training, config, steps, batches, loss_of, rate, record, losses, watchdog, request, manager):
     "Take steps until the end, or until the ranks know that they are told to stop."
     fresh, start, row = [], time.perf_counter(), {}

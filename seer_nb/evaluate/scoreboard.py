@@ -385,7 +385,7 @@ class ScoreboardConfig:
     model: str = "random:regnety_toy"  # backbone to measure when results is empty
     tasks: str = ""                    # slugs to measure, separated by spaces; empty: all toy tasks
     root: str = ""                     # folder that holds the data sets; toy tasks need none
-    protocols: str = "linear knn"      # what to measure, separated by spaces: linear, knn (with k of 20 and 200)
+    protocols: str = "linear knn"      # what to measure, separated by spaces: linear, knn (k of 20 and of 200)
     image_size: int = 0                # pixels after resize and crop, 224 in the paper; 0: images as they are
     extract_batch: int = 256           # images per forward pass
     device: str = ""                   # cpu, cuda, …; empty: cuda if there is one
