@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'LABELS', 'HOMES', 'FACES', 'CLASSIFIER', 'COPIES', 'AUDIT',
            'measure_parts', 'percent', 'glance', 'gap_table', 'png', 'rate_tables', 'score_section', 'model_card',
            'write_card', 'about_model', 'run_audit']
 
-# %% ../../nbs/evaluate/68_audit.ipynb #2a48acc5
+# %% ../../nbs/evaluate/68_audit.ipynb #05c0c082
 import base64
 import dataclasses
 import html
@@ -25,7 +25,7 @@ from .fairness_labels import LabelsConfig, run_labels
 from .fairness_similarity import SimilarityConfig, run_similarity
 from .groups import Gap, GroupRate, draw_rates
 from .robustness import RobustnessConfig, run_robustness
-from .tasks import append_result, find_result, needed, open_model, read_results, task_folder, task_row, weights_hash
+from .tasks import append_result, find_result, is_toy, needed, open_model, read_results, task_folder, task_row, weights_hash
 from ..regnet import count_parameters
 
 # %% ../../nbs/evaluate/68_audit.ipynb #121a03aa
@@ -97,7 +97,7 @@ def as_html(
     for name, png in figures.items(): body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(png).decode()}"')
     return f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}</body></html>\n'
 
-# %% ../../nbs/evaluate/68_audit.ipynb #92ae0523
+# %% ../../nbs/evaluate/68_audit.ipynb #f50ce827
 @dataclasses.dataclass(frozen=True)
 class AuditConfig:
     "Parameters of an audit."
@@ -160,7 +160,7 @@ def part_config(
     "Return the configuration of a part: what it shares with the audit, and its own parameters."
     own = {name: config.__dict__[value[1:-1]] if isinstance(value, str) and value.startswith("{") else value for name, value in part.fields}
     shared = {name: getattr(config, name) for name in ("seed", "model", "root", "image_size", "extract_batch", "device")}
-    if part.task.startswith("toy_"): shared = shared | {"image_size": part.config.image_size, "root": ""}
+    if is_toy(part.task): shared = shared | {"image_size": part.config.image_size, "root": ""}
     return part.config(run_dir=str(run_dir), task=part.task, **{**shared, **own})
 
 
@@ -171,7 +171,7 @@ def chosen_parts(
     known = {part.name: part for part in AUDIT}
     for name in config.parts.split():
         if name not in known: raise ValueError(f"no part {name!r}{did_you_mean(name, known)}; parts: {', '.join(known)}")
-    return [known[name] for name in config.parts.split()] or [part for part in AUDIT if part.name.startswith("toy_") != bool(config.root)]
+    return [known[name] for name in config.parts.split()] or [part for part in AUDIT if is_toy(part.task) != bool(config.root)]
 
 # %% ../../nbs/evaluate/68_audit.ipynb #a88b9d8c
 class Missing(NamedTuple):

@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'THRESHOLDS', 'TOY_LABELS', 'MIN_BOX', 'GROUPINGS', 'pape
            'read_taxonomy', 'check_labels', 'chance_rate', 'label_settings', 'score_labels', 'run_labels', 'select',
            'draw_labels']
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #50204e16
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #78081646
 import csv
 import dataclasses
 import functools
@@ -315,7 +315,7 @@ def published_rates(
     if model and model not in models: raise ValueError(f"no published rates of {model!r} on {task}{did_you_mean(model, models)}; published: {', '.join(models) or 'none'}")
     return [row for row in rows if model in ("", row["model"])]
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #5966391e
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #90f84307
 @dataclasses.dataclass(frozen=True)
 class LabelsConfig:
     "Parameters of a label audit."

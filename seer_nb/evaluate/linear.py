@@ -11,7 +11,7 @@ __all__ = ['RECIPES', 'PUBLISHED_HEADS', 'logistic_loss', 'standardize', 'quasi_
            'trunk_batches', 'Keeper', 'keeping', 'LinearConfig', 'config_recipe', 'linear_settings', 'make_record',
            'check_config', 'score_lbfgs', 'score_sgd', 'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
 
-# %% ../../nbs/evaluate/52_linear.ipynb #33b1eafb
+# %% ../../nbs/evaluate/52_linear.ipynb #92aa883a
 import contextlib
 import dataclasses
 import functools
@@ -546,7 +546,7 @@ def probe_heads(
     head = max(found["validation"], key=found["validation"].get) if held_out else best
     return scores[head], found | {"heads": on_test, "head": head, "loss": curve[-1][head]}
 
-# %% ../../nbs/evaluate/52_linear.ipynb #54201100
+# %% ../../nbs/evaluate/52_linear.ipynb #39ac873f
 @torch.no_grad()
 def frozen_maps(
     model: nn.Module,      # the backbone, in eval mode
@@ -590,7 +590,7 @@ def trunk_batches(
             for images, labels in read: yield frozen_maps(model, images, taps), labels.to(device)
     return batches
 
-# %% ../../nbs/evaluate/52_linear.ipynb #2d5c31e8
+# %% ../../nbs/evaluate/52_linear.ipynb #5fe996b3
 @dataclasses.dataclass
 class Keeper:
     "What a run of the SGD probe keeps: checkpoints, a row of metrics.jsonl per epoch, and its answer to signals. Made by `keeping`."
@@ -707,7 +707,7 @@ def linear_settings(
         recipe["steps"] = list(recipe["steps"])                                   # as JSON gives it back
     return {name: getattr(config, name) for name in used} | recipe | {"weights": weights}
 
-# %% ../../nbs/evaluate/52_linear.ipynb #9f4cdf8b
+# %% ../../nbs/evaluate/52_linear.ipynb #3e2bd735
 def make_record(
     task: str,        # slug
     config,           # has model and seed; paper_model, if there is something to compare with
@@ -781,7 +781,7 @@ def linear_result(config, settings, scores, labels, seconds, details):
     measured = measure(task_row(config.task).metric, scores, labels, seed=config.seed)
     return make_record(config.task, config, protocol, settings, measured, len(labels), seconds, **details)
 
-# %% ../../nbs/evaluate/52_linear.ipynb #bdfc2e38
+# %% ../../nbs/evaluate/52_linear.ipynb #a63dc457
 def run_linear(
     config: LinearConfig,
 ) -> Result:

@@ -12,7 +12,7 @@ __all__ = ['CORRUPTIONS', 'SCALING', 'BARS', 'FINETUNED', 'MASKED', 'read_cut', 
            'score_logits', 'RobustnessConfig', 'corruption_names', 'robustness_settings', 'corrupted_hits',
            'present_classes', 'score_robustness', 'run_robustness']
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #16550a64
+# %% ../../nbs/evaluate/56_robustness.ipynb #d2a74967
 import copy
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from .tasks import (Result, append_result, find_result, needed, open_model, open
                                     weights_hash)
 from ..weights import Preprocess, load_backbone, load_checkpoint, load_classifier
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #c263a75b
+# %% ../../nbs/evaluate/56_robustness.ipynb #f569ff42
 def read_cut(read, preprocess, i): return preprocess.resize_crop(read(i))
 
 
@@ -496,7 +496,7 @@ def corrupted_hits(
             hits.append(np.load(path))
     return np.stack(hits).reshape(-1, 5, len(hits[0]))
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #68b729fc
+# %% ../../nbs/evaluate/56_robustness.ipynb #175bed90
 def present_classes(
     task: str,       # slug of TASKS
     root,            # folder that holds the data sets
@@ -533,7 +533,7 @@ def score_robustness(
                     config.seed, details)
     return result, logits
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #684bf36b
+# %% ../../nbs/evaluate/56_robustness.ipynb #403302e7
 def run_robustness(
     config: RobustnessConfig,
 ) -> Result:
