@@ -278,3 +278,12 @@ for name in {BASE_MODULES!r}: importlib.import_module(name)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_cited_works_stand_in_the_bibliography():
+    "A page links to a work where it speaks of it; references.bib holds every one, and none that no page cites."
+    address = r"https://(?:arxiv\.org/abs|doi\.org|www\.jstor\.org)/[^\s)\]\"\\}]+"
+    entries = set(re.findall(rf"url = {{({address})}}", (NBS / "references.bib").read_text(encoding="utf-8")))
+    cited = {url for path in NBS.rglob("*.ipynb") if "96_" not in path.name and ".ipynb_checkpoints" not in path.parts
+             for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown" for url in re.findall(rf"\]\(({address})\)", "".join(cell["source"]))}
+    assert cited == entries
