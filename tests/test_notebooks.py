@@ -287,3 +287,10 @@ def test_cited_works_stand_in_the_bibliography():
     cited = {url for path in NBS.rglob("*.ipynb") if "96_" not in path.name and ".ipynb_checkpoints" not in path.parts
              for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown" for url in re.findall(rf"\]\(({address})\)", "".join(cell["source"]))}
     assert cited == entries
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not re.match(r"index|9[56]_", f)])
+def test_says_what_one_will_be_able_to_do(file):
+    "The lead ends with what the page is good for."
+    lead = [c for c in json.loads((NBS / file).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"][1]
+    assert "**You will be able to** " in "".join(lead["source"])
