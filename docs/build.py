@@ -43,10 +43,9 @@ def sphinx_cells(cell, here: str, base: str):
     if cell.cell_type == "raw": return
     if cell.cell_type == "code":
         options = dict(re.findall(r"^#\| *([\w-]+): *(.*)$", cell.source, re.M))
-        if options.get("output") == "asis":
-            for output in cell.outputs:
-                text = output.text if output.output_type == "stream" else output.data.get("text/markdown", "")
-                yield from sphinx_cells(nbformat.v4.new_markdown_cell(text), here, base)
+        written = [o.text if o.output_type == "stream" else o.get("data", {}).get("text/markdown", "") for o in cell.get("outputs", [])]
+        if options.get("output") == "asis" or options.get("echo") == "false" and any("text/markdown" in o.get("data", {}) for o in cell.get("outputs", [])):
+            for text in written: yield from sphinx_cells(nbformat.v4.new_markdown_cell(text), here, base)
             return
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         tags = cell.metadata.setdefault("tags", [])
