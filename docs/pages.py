@@ -59,6 +59,6 @@ class PageFacts(Processor):
         code = "\n".join(c.source for c in cells if c.cell_type == "code")
         modules = set(re.findall(r"^from (seer_nb\.[\w.]+) import", code, re.M)) - {"seer_nb.core", "seer_nb.viz"}      # everyone's ground floor
         up = "../" * (len(Path(self.nb.path_).resolve().relative_to(TOP / "nbs").parts) - 1)
-        pages = [f"[{re.sub('.*/', '', page[:-6])}]({up}{page})" for page in sorted(filter(None, map(page_of, modules)))]
-        facts = f"*{minutes(cells)} minutes to read" + (f" · builds on {', '.join(pages)}*" if pages else "*")
+        pages = [f"[{re.sub('.*/|[0-9]+_', '', page[:-6])}]({up}{page})" for page in sorted(filter(None, map(page_of, modules)))]
+        facts = f"*{(n := minutes(cells))} minute{'s' * (n > 1)} to read" + (f" · builds on {', '.join(pages)}*" if pages else "*")
         if cells[0].cell_type == "raw" and Path(self.nb.path_).stem != "index": cells.insert(1, mk_cell(facts, "markdown"))
