@@ -46,11 +46,13 @@ def parts(monkeypatch):
         return Part(name, section, f"question of {name}?", "toy_scenes", counted, FakeConfig)
 
     def broken(config): raise RuntimeError("out of memory\nand a long story")
+    def worse(config): assert False, "what nobody foresaw"
     monkeypatch.setattr(audit, "AUDIT", (
-        part("toy_one", "fairness", lambda c: fake_result(c, groups={"by": {"rates": rates("a", "b", HOSTILE), "gap": gap(0.02)}})),
+        part("toy_one", "fairness", lambda c: fake_result(c, rates=rates("a"), gap=gap(0.02), silent=["Crime"], families={"Human": ["face"]}, left_out={"no gender": 3},
+                                                          groups={"by": {"rates": rates("a", "b", HOSTILE), "gap": gap(0.02)}})),
         part("toy_two", "fairness", lambda c: dataclasses.replace(fake_result(c, groups={"by": {"rates": rates("a", "b"), "gap": gap(0.04)}}), protocol="fake 2")),
-        part("toy_three", "robustness", broken),
-        part("toy_four", "copies", lambda c: dataclasses.replace(fake_result(c, splits={"strong": {"mAP": 0.25, "n": 3}}), protocol="fake 3"))))
+        part("toy_three", "robustness", broken), part("toy_five", "robustness", worse),
+        part("toy_four", "copies", lambda c: dataclasses.replace(fake_result(c, splits={"strong": {"mAP": 0.25, "low": 0.1, "high": 0.4, "n": 3}}), protocol="fake 3"))))
     return calls
 
 
@@ -59,6 +61,7 @@ def test_a_part_that_fails_is_reported_and_tried_again(parts, tmp_path):
     assert len(run_audit(config)) == 3
     card = (tmp_path / "a/card.md").read_text()
     assert "| toy\\_three | toy\\_scenes | out of memory |" in card and "long story" not in card
+    assert "| toy\\_five | toy\\_scenes | AssertionError: what nobody foresaw |" in card
     assert len(run_audit(config)) == 3 and parts.count("toy_three") == 2
     assert len(read_results(tmp_path / "a/results.jsonl")) == 3                                     # each once
 
@@ -67,6 +70,22 @@ def test_p_values_are_corrected_for_all_gaps_of_the_card(parts, tmp_path):
     run_audit(AuditConfig(run_dir=str(tmp_path)))
     rows = [line for line in (tmp_path / "card.md").read_text().splitlines() if line.startswith(("| toy\\_one | by", "| toy\\_two | by"))]
     assert [row.split(" | ")[-3:] for row in rows] == [["0.020", "0.040", "a gap |"], ["0.040", "0.040", "a gap |"]]
+
+
+def test_what_a_score_rests_on_stands_in_the_card(parts, tmp_path):
+    run_audit(AuditConfig(run_dir=str(tmp_path), parts="toy_one"))
+    card = (tmp_path / "card.md").read_text()
+    assert "Labels counted as Human: face." in card and "Left out: no gender: 3." in card
+    assert "| toy\\_one | toy\\_scenes | no label of the family Crime among the model's labels |" in card
+
+
+def test_a_smaller_batch_and_another_part_may_go_on_in_the_folder(parts, tmp_path):
+    run_audit(AuditConfig(run_dir=str(tmp_path), parts="toy_one"))
+    assert len(run_audit(AuditConfig(run_dir=str(tmp_path), parts="toy_one toy_two", extract_batch=64, device="cpu"))) == 2
+
+
+def test_toy_parts_can_be_named_beside_a_root(parts, tmp_path):
+    assert len(run_audit(AuditConfig(run_dir=str(tmp_path / "a"), parts="toy_two", root=str(tmp_path)))) == 1
 
 
 def test_small_groups_are_marked_not_dropped(parts, tmp_path):

@@ -1,5 +1,7 @@
 """What every notebook owes the others: clean, in sync with the package, in the sidebar, in the right order."""
 import ast
+import dataclasses
+import importlib
 import importlib.util
 import json
 import re
@@ -230,6 +232,19 @@ def test_preset_fits_its_notebook(preset):
     assert not MACHINE_PATH.search(path.read_text())
 
 
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p.startswith("params/") and Path(p).stem not in ("smoke", "toyworld")])
+def test_a_preset_of_full_size_has_no_toy_value(preset):
+    "What a preset does not name has the value of the parameters cell: it must not be a smaller one than the configuration's own."
+    folder = Path(preset).parent.name
+    notebook, = (f for f in RUNS if notebook_name(f) == folder)
+    if not notebook.startswith("evaluate/") or folder in ("scoreboard", "audit"): return
+    module = importlib.import_module(f"seer_nb.evaluate.{folder}")
+    config, = (c for name, c in vars(module).items() if name.endswith("Config") and getattr(c, "__module__", "") == module.__name__)
+    cell, defaults = vars(parameters_of(NBS / notebook)()), {f.name: f.default for f in dataclasses.fields(config)}
+    named = read_params(parameters_of(NBS / notebook), NBS / preset)
+    assert {k: v for k, v in cell.items() if k not in named and v != defaults[k] and k not in ("run_dir", "preset")} == {}
+
+
 # ── who may import whom ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @each_notebook
@@ -289,7 +304,7 @@ def test_cited_works_stand_in_the_bibliography():
     assert cited == entries
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if not re.match(r"index|9[56]_", f)])
+@pytest.mark.parametrize("file", [f for f in FILES if not re.match(r"index|9[567]_", f)])
 def test_says_what_one_will_be_able_to_do(file):
     "The lead ends with what the page is good for."
     lead = [c for c in json.loads((NBS / file).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"][1]
