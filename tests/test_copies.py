@@ -461,6 +461,9 @@ def test_a_run_on_copydays(tree, tmp_path):
     assert copies.run_copies(config) == result and read_results(tmp_path / "run/results.jsonl") == [result]
     only = copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / "only"), splits="strong", distractors=False))
     assert list(only.details["splits"]) == ["strong"] and only.settings["database"] == 6 and only.value >= result.value - 0.3
+    (tmp_path / "only/results.jsonl").unlink()                                          # a run that was killed goes on with smaller batches
+    again = copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / "only"), splits="strong", distractors=False, extract_batch=5))
+    assert again.value == pytest.approx(only.value, abs=1e-6)
     assert np.load(tmp_path / "only/neighbours.npy").shape == (12, 6) and np.load(tmp_path / "only/precision.npy").mean() == pytest.approx(only.value)
 
 

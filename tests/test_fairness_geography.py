@@ -155,6 +155,35 @@ def test_lists_are_data_not_code(tmp_path, cell):
     with pytest.raises(ValueError, match="no list"): geo.read_dollar_street(tmp_path)
 
 
+@pytest.mark.parametrize("rows, what", [([ROWS[0][:4]], "row 1 has more or fewer"), ([ROWS[0], [*ROWS[1], "more"]], "row 2 has more or fewer"), ([ROWS[0][:1] + ["x" * 200_000] + ROWS[0][2:]], "field")])
+def test_damaged_tables_are_named(tmp_path, rows, what):
+    write_table(tmp_path, rows=rows)
+    with pytest.raises(ValueError, match=f"images_v2_imagenet_test.csv.*{what}"): geo.read_dollar_street(tmp_path)
+
+
+def test_files_have_a_limit(authors, tmp_path, monkeypatch):
+    "Neither a file of terabytes nor one of a hundred thousand brackets is read to its end."
+    (authors / geo.LABEL_MAP).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="no map"): geo.read_label_map(authors / geo.LABEL_MAP)
+    write_table(tmp_path / "table")
+    monkeypatch.setattr(geo, "JSON_LIMIT", 100)
+    with pytest.raises(ValueError, match="more than 100 bytes"): geo.read_dollar_street(tmp_path / "table")
+    with pytest.raises(ValueError, match="more than 100 bytes"): geo.read_label_map(authors / geo.LABEL_MAP)
+    (authors / "metadata_full_dollar_street.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="metadata_full"): geo.read_dollar_street(authors)
+
+
+def test_what_photographs_of_a_home_may_say(authors):
+    "An income that is not known twice is not two incomes; a photograph without an address is refused, not merged with the next one; regions are known in any case."
+    path = authors / "metadata_full_dollar_street.json"
+    path.write_text(json.dumps([e | {"income": float("nan"), "region": e["region"].lower()} for e in AUTHORS]))
+    found = geo.read_dollar_street(authors)
+    assert np.isnan(found.income).all() and set(found.region) == {"Asia", "Americas", "Africa"}
+    for url in (None, "", 7, "https://static.example/"):
+        path.write_text(json.dumps([e | {"url": url} for e in AUTHORS]))
+        with pytest.raises(ValueError, match="metadata_full_dollar_street.json: the url"): geo.read_dollar_street(authors)
+
+
 @pytest.mark.parametrize("text", ['{"x": ["beds"]}', '{"0": "beds"}', '["beds"]', "no json", '{"-1": ["beds"]}'])
 def test_damaged_label_maps(tmp_path, text):
     (tmp_path / "map.json").write_text(text)
@@ -236,6 +265,45 @@ def test_other_photographs_are_another_result(authors, tmp_path):
     (authors / "images/cups/h2.png").unlink(missing_ok=True), (authors / "images/cups/h2.jpg").unlink(missing_ok=True)
     second = geo.run_geography(config)
     assert second.settings["data"] != first.settings["data"] and second.details["left_out"]["no image file"] == 2
+
+
+def test_what_is_told_about_the_photographs_is_part_of_a_result(authors, tmp_path):
+    "Neither other incomes, nor another map, nor other pictures to learn from return the old line."
+    train(authors, 3)
+    config = geo.GeographyConfig(run_dir=str(tmp_path / "run"), task="dollar_street", root=str(tmp_path), image_size=32, train_folder="train", top_k=2)
+    first = geo.run_geography(config)
+    (authors / "metadata_full_dollar_street.json").write_text(json.dumps([e | {"income": 50} for e in AUTHORS]))
+    second = geo.run_geography(config)
+    assert {home["income"] for home in second.details["households"]} == {50.0} and [r["group"] for r in second.details["groups"]["income"]["rates"]] == ["low"]
+    (authors / geo.LABEL_MAP).write_text(json.dumps({"0": ["cups"], "1": ["beds", "bedrooms"], "2": ["bowls"]}))
+    third = geo.run_geography(config)
+    assert second.chance == pytest.approx(5 / 6) and third.chance == pytest.approx(2 / 3)
+    save(authors / "train/n00/0.png", (9, 9, 9))
+    assert geo.run_geography(config) not in (first, second, third) and len(read_results(tmp_path / "run/results.jsonl")) == 4
+
+
+def test_interval_metric_and_a_smaller_batch(authors, tmp_path):
+    "A classifier that never hits has no rate of exactly 0; the metric says how many guesses count; a run goes on with a smaller batch."
+    write_map = lambda k: (tmp_path / "map.json").write_text(json.dumps({str(k): ["beds", "cups", "bedrooms"]}))
+    probe, head = open_model("random:regnety_toy"), torch.nn.Linear(352, 10)
+    torch.nn.init.zeros_(head.weight), head.bias.data.copy_(torch.arange(10.0))
+    geo.save_probe(tmp_path / "probe.safetensors", head, probe)
+    config = geo.GeographyConfig(run_dir=str(tmp_path / "run"), task="dollar_street", root=str(tmp_path), image_size=32, probe=str(tmp_path / "probe.safetensors"), label_map=str(tmp_path / "map.json"), top_k=3)
+    write_map(0)
+    missed = geo.run_geography(config)
+    assert missed.value == missed.ci_low == 0 and missed.ci_high > 0.5 and missed.metric == "hit rate per household, top-3"
+    write_map(9)
+    hit = geo.run_geography(dataclasses.replace(config, extract_batch=1))
+    assert hit.value == hit.ci_high == 1 and hit.ci_low < 0.5
+
+
+@pytest.mark.parametrize("change, what", [({"extract_batch": 0}, "extract_batch must be at least 1"), ({"image_size": -3}, "image_size must be at least 0"), ({"image_size": 0}, "give image_size")])
+def test_sizes_that_cannot_be(authors, tmp_path, change, what):
+    train(authors, 3)
+    save(authors / "images/cups/h1.png", size=(30, 50)), (authors / "images/cups/h1.jpg").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=what):
+        geo.run_geography(geo.GeographyConfig(**{"run_dir": str(tmp_path / "run"), "task": "dollar_street", "root": str(tmp_path), "image_size": 32, "train_folder": "train", "top_k": 2} | change))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_classifier_of_other_classes_is_refused(authors, tmp_path):

@@ -7,10 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.neighbors import NearestNeighbors
 
 from seer_nb.evaluate import fairness_similarity as sim
 from seer_nb.evaluate.tasks import read_results
+from seer_nb.regnet import regnety
+from seer_nb.swav import SwAV, SwAVHead
 
 torch.set_num_threads(1)
 KS = (1, 5, 10, 50)
@@ -67,6 +70,20 @@ def test_a_random_search_reaches_chance():
     x, a, y, b = problem(n=600, m=900)
     found = sim.attribute_precision(np.random.default_rng(3).normal(size=x.shape), a, np.random.default_rng(4).normal(size=y.shape), b, (10,))[10]
     assert abs(found.mean() - sim.chance_precision(a, b).mean()) < 0.03
+
+
+def test_gaps_are_the_networks_not_the_databases():
+    "At UTK-Faces' sizes a random search has a gap of four points, and a perfect search has none; in a balanced database nothing changes."
+    rng = np.random.default_rng(5)
+    names = np.repeat(["female", "male"], 1500)
+    chance = sim.chance_precision(names, ["female"] * 11525 + ["male"] * 12583)
+    people, config = np.arange(3000).astype(str), sim.SimilarityConfig(min_people=8)
+    blind, seeing = (sim.grouping_details({10: v}, chance, names, people, config, {}) for v in (rng.binomial(10, chance) / 10, np.ones(3000)))
+    assert sim.largest_gap(rng.binomial(10, chance) / 10, names).p_value < 0.05 < blind["gap"]["p_value"] and seeing["gap"]["difference"] == 0
+    assert [rate["value"] for rate in blind["rates"]] == pytest.approx([0.478, 0.522], abs=0.015)                    # plain precisions
+    values = rng.random(40)
+    np.testing.assert_allclose(sim.at_equal_chance(values, np.full(40, 0.5)), values)
+    assert (sim.at_equal_chance(np.ones(3), np.ones(3)) == 1).all()                                                # a database of one gender
 
 
 @pytest.mark.parametrize("ks", [(0, 5), (401,), ()])
@@ -162,3 +179,32 @@ def test_too_few_faces_are_refused_before_anything_is_written(data, tmp_path):
     config = sim.SimilarityConfig(run_dir=str(tmp_path / "run"), task="utk_faces", root=str(tmp_path / "data"), image_size=32, ks="10 100")
     with pytest.raises(ValueError, match="between 1 and the 60"): sim.run_similarity(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_told_about_people_is_part_of_a_result(data, tmp_path):
+    "Whoever corrects the list gets another result, in the same folder, and with a smaller batch if need be."
+    config = sim.SimilarityConfig(run_dir=str(tmp_path / "run"), task="utk_faces", root=str(tmp_path / "data"), image_size=32, min_people=8)
+    first = sim.run_similarity(config)
+    swap = {"Female": "Male", "Male": "Female"}
+    rows = [row | {"gender": swap.get(row["gender"], row["gender"])} for row in data]
+    (tmp_path / "data/casual_conversations/metadata.json").write_text(json.dumps(rows))
+    second = sim.run_similarity(dataclasses.replace(config, extract_batch=16))
+    assert second.settings["data"] == first.settings["data"] and second.settings["told"] != first.settings["told"]
+    assert second.value == pytest.approx(1 - first.value) and read_results(tmp_path / "run/results.jsonl") == [first, second]
+
+
+@pytest.mark.parametrize("change, what", [({"extract_batch": 0}, "extract_batch must be at least 1"), ({"image_size": -3}, "image_size must be at least 0"), ({"image_size": 0}, "give image_size")])
+def test_sizes_that_cannot_be(data, tmp_path, change, what):
+    Image.new("RGB", (50, 40)).save(tmp_path / "data/casual_conversations/faces/0.png")
+    with pytest.raises(ValueError, match=what): sim.run_similarity(sim.SimilarityConfig(**{"run_dir": str(tmp_path / "run"), "task": "utk_faces", "root": str(tmp_path / "data"), "image_size": 32} | change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_swav_head_is_a_tap(data, tmp_path):
+    "The embedding that SwAV compares, as the paper's alternative to the trunk; its weights are part of the result."
+    torch.manual_seed(0)
+    swav = SwAV(regnety("regnety_toy"), SwAVHead(352, (24, 20), 8, 10)).eval()
+    save_file({name: t.contiguous() for name, t in swav.state_dict().items()}, tmp_path / "swav.safetensors")
+    config = sim.SimilarityConfig(run_dir=str(tmp_path / "head"), model=f"seer:{tmp_path / 'swav.safetensors'}", task="utk_faces", root=str(tmp_path / "data"), image_size=32, tap="head")
+    head, trunk = sim.run_similarity(config), sim.run_similarity(dataclasses.replace(config, run_dir=str(tmp_path / "trunk"), tap="avgpool"))
+    assert head.settings["weights"] != trunk.settings["weights"] and not np.array_equal(*(np.load(tmp_path / name / "precision.npy") for name in ("head", "trunk")), equal_nan=True)

@@ -760,7 +760,7 @@ def run_copies(
     run = RunDir(config.run_dir, "copies")
     done = find_result(run.results, task=config.task, model=config.model, protocol="copies", settings=settings, seed=config.seed)
     if done: return done
-    run.begin(config)
+    run.begin(config, may_change=("extract_batch", "device"))
     result, scores = score_copies(model, data, config, settings)
     for name, array in {"neighbours": scores.top.numpy(), "precision": scores.precision}.items():
         np.save(buffer := io.BytesIO(), array)

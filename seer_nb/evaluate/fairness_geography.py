@@ -6,16 +6,17 @@
 __all__ = ['INCOMES', 'INCOME_BORDERS', 'REGIONS', 'TOY_THINGS', 'TOY_REGIONS', 'LABEL_MAP', 'HitRates', 'concept_hits',
            'household_hit_rates', 'chance_hit_rates', 'income_buckets', 'Photographs', 'photograph_of',
            'read_authors_format', 'read_mlcommons_format', 'read_dollar_street', 'toy_thing', 'save_image',
-           'make_toy_households', 'read_label_map', 'right_classes', 'fit_folder_probe', 'as_task', 'best_guesses',
-           'income_curve', 'draw_incomes', 'mean_place', 'draw_map', 'published_rates', 'GeographyConfig',
-           'check_geography', 'open_households', 'group_details', 'count_classes', 'score_geography',
-           'geography_settings', 'run_geography', 'draw_groups']
+           'make_toy_households', 'read_label_map', 'right_classes', 'folder_task', 'fit_folder_probe', 'as_task',
+           'best_guesses', 'income_curve', 'draw_incomes', 'mean_place', 'draw_map', 'published_rates',
+           'GeographyConfig', 'check_geography', 'check_sizes', 'open_households', 'group_details', 'count_classes',
+           'score_geography', 'geography_settings', 'data_settings', 'run_geography', 'draw_groups']
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #c3743af7
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #48026139
 import ast
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
@@ -30,8 +31,7 @@ from torch import nn
 from ..core import RunDir, did_you_mean, stateless_rng, write_atomic
 from .annotations import reading
 from .features import data_fingerprint, extract_features
-from .groups import UNKNOWN, GroupRate, disparity_ratio, draw_rates, group_rates, join_groups, largest_gap
-from .metrics import mean_interval
+from .groups import JSON_LIMIT, UNKNOWN, GroupRate, disparity_ratio, draw_rates, group_rates, join_groups, largest_gap, read_json
 from .readers import below, find, folders, image_names, needed, read_image, subfolders
 from .robustness import fit_head, join, open_classifier, save_probe
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, open_model, pick_device, published_rows, task_folder, task_row,
@@ -103,7 +103,7 @@ def income_buckets(
     index = np.round(np.log(np.where(incomes > 0, incomes, np.nan)) / 3)
     return np.array([INCOMES[int(i) - 1] if i in (1, 2, 3) else UNKNOWN for i in index])
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #d4e4f1ea
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #453095af
 class Photographs(NamedTuple):
     "Photographs of households; one entry per photograph, whichever concepts it shows."
     read: Callable           # read(i) -> uint8 tensor [3, H, W]
@@ -119,6 +119,7 @@ class Photographs(NamedTuple):
 
 
 REGIONS = {"af": "Africa", "as": "Asia", "eu": "Europe", "am": "Americas", "the americas": "Americas", "america": "Americas"}
+REGIONS |= {name.lower(): name for name in REGIONS.values()}
 
 
 def _region(name): return REGIONS.get(str(name).lower(), str(name) or UNKNOWN)
@@ -139,10 +140,12 @@ def _keys(row, what, *names):
 def photograph_of(
     url: str,  # of a photograph
 ) -> str:
-    "Return what tells photographs apart: the last part, after a hyphen, of the file name without its ending."
-    return str(url).rsplit("/", 1)[-1].split(".")[0].rsplit("-", 1)[-1]
+    "Return what tells photographs apart: the last part, after a hyphen, of the file name without its ending. Raises `ValueError` where there is none."
+    name = url.rsplit("/", 1)[-1].split(".")[0].rsplit("-", 1)[-1] if isinstance(url, str) else ""
+    if not name: raise ValueError(f"the url {str(url)[:80]!r} names no photograph")
+    return name
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #07f5d52c
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #56d91f4e
 def read_authors_format(
     root,  # folder with metadata_full_dollar_street.json and images/LABEL/_ID.jpg (or .png, …)
 ) -> Photographs:
@@ -150,28 +153,29 @@ def read_authors_format(
 
     Raises `FileNotFoundError` if the metadata or all images are missing, `ValueError` for an entry without the published keys, and for a household with two incomes.
     """
-    with reading(path := find(root, "metadata_full_dollar_street.json")):
-        entries = json.loads(path.read_bytes())
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries): raise ValueError("it is not a list of JSON objects")
+    entries = read_json(path := find(root, "metadata_full_dollar_street.json"))
     images = find(root, "images")
     on_disk = {name.rsplit(".", 1)[0]: f"images/{name}" for folder in subfolders(images) for name in image_names(images, folder)}
     found, income, missing = {}, {}, 0
-    for n, entry in enumerate(entries):
-        home, label, url = map(str, _keys(entry, f"entry {n}", "_id", "label", "url"))
-        below([f"{label}/{home}"])
-        if income.setdefault(home, entry.get("income")) != entry.get("income"): raise ValueError(f"household {home} has two incomes: {income[home]} and {entry.get('income')}")
-        if f"{label}/{home}" not in on_disk: missing += 1
-        else: found.setdefault((home, photograph_of(url)), []).append(entry)
+    with reading(path):
+        for n, entry in enumerate(entries):
+            home, label, url = _keys(entry, f"entry {n}", "_id", "label", "url")
+            below([f"{label}/{home}"])
+            earns = _number(entry.get("income"))
+            if not np.array_equal(income.setdefault(home, earns), earns, equal_nan=True): raise ValueError(f"household {home} has two incomes: {income[home]} and {earns}")
+            photograph = photograph_of(url)
+            if f"{label}/{home}" not in on_disk: missing += 1
+            else: found.setdefault((str(home), photograph), []).append(entry)
     if not found: raise FileNotFoundError(2, "no such file", str(Path(images, str(entries[0]["label"]), f"{entries[0]['_id']}.jpg")))
     first = [group[0] for group in found.values()]
     names = tuple(on_disk[f"{e['label']}/{e['_id']}"] for e in first)
     column = lambda key: np.array([str(e.get(key) or UNKNOWN) for e in first])
-    return Photographs(functools.partial(read_image, os.fspath(root), names, 0), names, tuple(tuple(sorted({e["label"] for e in group})) for group in found.values()), None,
+    return Photographs(functools.partial(read_image, os.fspath(root), names, 0), names, tuple(tuple(sorted({str(e["label"]) for e in group})) for group in found.values()), None,
                        column("_id"), column("country"), np.array([_region(e.get("region") or "") for e in first]), np.array([_number(e.get("income")) for e in first]),
                        np.array([[_number(e.get("lat")), _number(e.get("lng"))] for e in first]),
                        {"no image file": missing, "the same photograph again": len(entries) - missing - len(found)})
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #08e96fe5
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #ac92789c
 def _list(text):
     "A list that is written as text. Raises `ValueError` for anything else."
     try: value = ast.literal_eval(text)
@@ -186,16 +190,21 @@ def read_mlcommons_format(
 ) -> Photographs:
     """Read MLCommons' table of photographs. Raises `FileNotFoundError` if it or all images are missing, and `ValueError` for a table of another kind."""
     path = find(root, *([table] if table else ["images_v2_imagenet_test.csv", "images_v2.csv"]))
-    with open(path, newline="", encoding="utf-8") as file: rows = [row for row in csv.DictReader(file)]
-    if not rows: raise ValueError(f"{path.name} has no rows")
-    _keys(rows[0], path.name, "id", "country.name", "region.id", "imageRelPath", "topics", "place", "income")
-    below(row["imageRelPath"] for row in rows)
+    with reading(path):
+        if path.stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
+        with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
+        if not rows: raise ValueError("it has no rows")
+        _keys(rows[0], "its header", "id", "country.name", "region.id", "imageRelPath", "topics", "place", "income")
+        if odd := [n for n, row in enumerate(rows, 1) if None in row or None in row.values()]: raise ValueError(f"row {odd[0]} has more or fewer fields than the header")
+        below(row["imageRelPath"] for row in rows)
     here = [row for row in {row["id"]: row for row in rows}.values() if Path(root, row["imageRelPath"]).is_file()]
     if not here: raise FileNotFoundError(2, "no such file", str(Path(root, rows[0]["imageRelPath"])))
     names = tuple(row["imageRelPath"] for row in here)
-    classes = tuple(tuple(map(int, _list(row["imagenet_sysnet_id"]))) for row in here) if "imagenet_sysnet_id" in here[0] else None
+    with reading(path):
+        topics = tuple(tuple(map(str, _list(row["topics"]))) for row in here)
+        classes = tuple(tuple(map(int, _list(row["imagenet_sysnet_id"]))) for row in here) if "imagenet_sysnet_id" in here[0] else None
     column = lambda key: np.array([row[key] or UNKNOWN for row in here])
-    return Photographs(functools.partial(read_image, os.fspath(root), names, 0), names, tuple(tuple(map(str, _list(row["topics"]))) for row in here), classes,
+    return Photographs(functools.partial(read_image, os.fspath(root), names, 0), names, topics, classes,
                        column("place"), column("country.name"), np.array([_region(row["region.id"]) for row in here]), np.array([_number(row["income"]) for row in here]),
                        np.full((len(here), 2), np.nan), {"no image file": len({row["id"] for row in rows}) - len(here), "the same photograph again": len(rows) - len({row["id"] for row in rows})})
 
@@ -270,7 +279,7 @@ def make_toy_households(
     (root / "in22k_cls_idx_to_dollar_street_labels_map.json").write_text(json.dumps({str(t): [name, "bedrooms"] if name == "beds" else [name] for t, name in enumerate(TOY_THINGS)}))
     return homemade
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #de7243d5
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #c877fd45
 LABEL_MAP = "in22k_cls_idx_to_dollar_street_labels_map.json"
 
 
@@ -280,10 +289,11 @@ def read_label_map(
     "Return concept -> set of class numbers. Raises `ValueError` for a file of another kind."
     classes = {}
     try:
-        for number, concepts in json.loads(Path(path).read_text()).items():
+        if Path(path).stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
+        for number, concepts in json.loads(Path(path).read_text(encoding="utf-8")).items():
             if not isinstance(concepts, list) or int(number) < 0: raise ValueError(f"class {number} has no list of concepts")
             for concept in concepts: classes.setdefault(str(concept), set()).add(int(number))
-    except (AttributeError, ValueError) as error: raise ValueError(f"{path} is no map from class numbers to lists of concepts: {error}") from None
+    except (AttributeError, ValueError, RecursionError) as error: raise ValueError(f"{path} is no map from class numbers to lists of concepts: {error}") from None
     return classes
 
 
@@ -305,7 +315,18 @@ def right_classes(
     if highest >= n_classes: raise ValueError(f"class {highest} is asked for, but the classifier has only {n_classes}: give the label map that belongs to it")
     return kept, [right[i] for i in kept]
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #5bf61a22
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #1f54e244
+def folder_task(
+    folder,     # one subfolder of images per class
+    slug: str,  # task whose rule makes the images squares
+) -> TaskData:
+    "Return folders of labelled images as a task. Raises `ValueError` for fewer than two classes."
+    classes = subfolders(folder)
+    if len(classes) < 2: raise ValueError(f"{folder} needs one subfolder of images per class, it has {len(classes)}")
+    listing = folders(folder, {name: k for k, name in enumerate(classes)}, classes)
+    return TaskData(slug, "train", classes, listing.labels, listing.read, listing.names.__getitem__)
+
+
 def fit_folder_probe(
     backbone: nn.Module,    # images [B, 3, H, W] -> features [B, D]
     folder,                 # one subfolder of images per class
@@ -316,11 +337,8 @@ def fit_folder_probe(
     seed: int = 0,          # of the validation split
 ) -> nn.Linear:
     "Fit a linear probe on folders of labelled images, with the penalty chosen by validation, as a layer that takes the backbone's features. Raises `ValueError` for fewer than two classes."
-    classes = subfolders(folder)
-    if len(classes) < 2: raise ValueError(f"{folder} needs one subfolder of images per class, it has {len(classes)}")
-    listing = folders(folder, {name: k for k, name in enumerate(classes)}, classes)
-    images = TaskData(slug, "train", classes, listing.labels, listing.read, listing.names.__getitem__)
-    return fit_head(extract_features(backbone, images, size=size, batch_size=batch_size), images.labels, len(classes), seed=seed)
+    images = folder_task(folder, slug)
+    return fit_head(extract_features(backbone, images, size=size, batch_size=batch_size), images.labels, len(images.classes), seed=seed)
 
 # %% ../../nbs/evaluate/61_fairness_geography.ipynb #a4649da9
 def as_task(
@@ -425,7 +443,7 @@ def published_rates(
     if model and model not in found: raise ValueError(f"no published hit rates of {model!r}{did_you_mean(model, found)}; published: {', '.join(found)}")
     return {model: found[model]} if model else found
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #c4b8764f
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #c60d882e
 @dataclasses.dataclass(frozen=True)
 class GeographyConfig:
     "Parameters of the geographical indicator."
@@ -455,9 +473,20 @@ def check_geography(
     if task_row(config.task).protocol != "geography": raise ValueError(f"{config.task} is no task of this page: choose toy_households or dollar_street")
     if config.paper_model: published_rates(config.paper_model)
     if config.train_folder and config.probe: raise ValueError("give train_folder or probe, not both")
-    if config.top_k < 1: raise ValueError(f"top_k must be at least 1, got {config.top_k}")
+    for name, least in (("top_k", 1), ("extract_batch", 1), ("image_size", 0)):
+        if getattr(config, name) < least: raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
     if not 0 <= config.toy_bias <= 1: raise ValueError(f"toy_bias is a difference of shares, between 0 and 1, got {config.toy_bias}")
     below([config.train_folder or ".", config.table or "."])
+
+
+def check_sizes(
+    images: TaskData,
+    image_size: int,  # of a configuration
+):
+    "Raise `ValueError` if no size is asked for and some images differ in theirs; eight are looked at, evenly spaced."
+    if image_size: return
+    shapes = {tuple(images.read(int(i)).shape[1:]) for i in np.linspace(0, len(images) - 1, 8)}
+    if len(shapes) > 1: raise ValueError(f"images have different sizes, e.g. {sorted(shapes)[:2]}: give image_size, e.g. 224")
 
 
 def open_households(
@@ -473,7 +502,7 @@ def open_households(
         return photographs, None if own else read_label_map(path)
     except FileNotFoundError as error: raise FileNotFoundError(missing_message(row, config.root, error.filename or str(error))) from None
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #4b90a51c
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #1a37f346
 def group_details(
     values,         # [H] rates
     groups,         # [H] names
@@ -527,18 +556,33 @@ def score_geography(
                "over_photographs": float(hits.mean()), "photographs": len(kept), "classes": n_classes, "households": rows,
                "left_out": {**photographs.left_out, "no class for the concept": len(photographs.names) - len(kept)}, "paper_source": paper.get("source", "")}
     details |= {key: details["groups"]["income"][key] for key in ("rates", "gap")}      # the headline
-    result = Result(row.slug, config.model, "geography", settings, row.metric, float(homes.rates.mean()), *mean_interval(homes.rates, seed=config.seed), len(rows),
+    whole = group_rates(homes.rates, ["all"] * len(rows), seed=config.seed)[0]
+    result = Result(row.slug, config.model, "geography", settings, f"hit rate per household, top-{config.top_k}", *whole[2:5], len(rows),
                     round(time.perf_counter() - start, 3), float((np.bincount(which, chance) / homes.photographs).mean()), None, "", config.seed, details)
     return result, kept, guesses, hits
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #3e003014
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #285f7e20
 def geography_settings(
     config: GeographyConfig,
     weights: str,  # fingerprint of the classifier, or of the backbone below a probe that is trained here
-    data: str,     # fingerprint of the photographs
+    data: dict,    # fingerprints of what is looked at, see data_settings
 ) -> dict:
     "Return what decides the number."
-    return {name: getattr(config, name) for name in ("image_size", "train_folder", "table", "label_map", "top_k", "min_households", "paper_model")} | {"data": data, "weights": weights}
+    return {name: getattr(config, name) for name in ("image_size", "train_folder", "table", "label_map", "top_k", "min_households", "paper_model")} | data | {"weights": weights}
+
+
+def data_settings(
+    photographs: Photographs,
+    label_map: dict | None,       # of read_label_map
+    learned: TaskData | None,     # what a probe learns from
+    slug: str,                    # of the task
+) -> dict:
+    "Return fingerprints of the photographs (`data`), of all that is told about them (`told`) and of the training images (`learned`)."
+    columns = [getattr(photographs, name).tolist() for name in ("household", "region", "country", "income", "place")]
+    classes = label_map and sorted((concept, sorted(numbers)) for concept, numbers in label_map.items())
+    told = json.dumps([photographs.concepts, photographs.classes, *columns, photographs.left_out, classes])
+    return {"data": data_fingerprint(as_task(photographs, slug, range(len(photographs.names)))), "told": hashlib.sha256(told.encode()).hexdigest()[:12],
+            "learned": data_fingerprint(learned) if learned else ""}
 
 
 def run_geography(
@@ -557,12 +601,16 @@ def run_geography(
         raise FileNotFoundError(f"{Path(folder, config.train_folder)} is missing: train_folder needs one subfolder of labelled images per class")
     if config.train_folder: model = open_model(config.model, seed=config.seed, device=device)
     else: model = open_classifier(config.model, probe=config.probe, seed=config.seed, device=device)
-    if not toy: right_classes(photographs, label_map, len(subfolders(Path(folder, config.train_folder))) if config.train_folder else count_classes(model, photographs, config))
-    data = f"toy, bias {config.toy_bias}" if toy else data_fingerprint(as_task(photographs, config.task, range(len(photographs.names))))
+    if toy: data = {"data": f"toy, bias {config.toy_bias}"}
+    else:
+        learned = folder_task(Path(folder, config.train_folder), config.task) if config.train_folder else None
+        for images in filter(None, (as_task(photographs, config.task, range(len(photographs.names))), learned)): check_sizes(images, config.image_size)
+        right_classes(photographs, label_map, len(learned.classes) if learned else count_classes(model, photographs, config))
+        data = data_settings(photographs, label_map, learned, config.task)
     settings = geography_settings(config, weights_hash(model), data)
     done = find_result(run.results, task=config.task, model=config.model, protocol="geography", settings=settings, seed=config.seed)
     if done: return done
-    run.begin(config)
+    run.begin(config, may_change=("extract_batch", "device"))
     if toy:
         make_toy_households(folder, seed=config.seed, bias=config.toy_bias)
         photographs, label_map = open_households(config, folder)
