@@ -232,10 +232,54 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path):
 
 
 def test_the_blind_guess_has_most_photographs_around_it():
+    "On every level about as many as around the best of all photographs, and those of two towns for one between them."
     places = np.concatenate([random_places(700), (51.5, -0.1) + np.random.default_rng(1).normal(0, 0.1, (500, 2))])
-    cells = geo.build_cells(places, 2, 40)
-    around = [sum(n for n, km in zip(cells.images, geo.great_circle_km(c, cells.centres)) if km <= 25) for c in cells.centres]
-    assert np.array_equal(geo.blind_guess(cells), cells.centres[np.argmax(around)]) and max(around) > 300 > cells.images.max()
+    for km in geo.LEVELS.values():
+        share = lambda place: np.mean(geo.great_circle_km(place, places) <= km)
+        assert share(geo.blind_guess(places, km)) >= 0.9 * max(map(share, places)) - 2 / len(places)
+    assert np.linalg.norm(geo.blind_guess(places) - (51.5, -0.1)) < 0.1
+    towns = np.repeat([(0.0, 0.0), (0.0, 30.0), (3.0, 15.0)], [50, 50, 1], axis=0)
+    assert geo.blind_guess(towns, 2500).tolist() == pytest.approx([3, 15]) and geo.blind_guess(towns, 750)[0] == pytest.approx(0)
+
+
+def test_chance_on_the_toy_planet_is_that_of_its_largest_towns():
+    "Whoever knows the towns and nothing else names one of them: chance must not be lower."
+    train, test = geo.toy_places("train"), geo.toy_places("test")
+    within = geo.measure_places(test.coordinates[::-1], test.coordinates, train.coordinates, {})
+    assert all(row["chance"] > least for row, least in zip(within.values(), (-1, 0.05, 0.06, 0.08, 0.15)))
+    for row in within.values():
+        if row["km"] < 25: continue
+        town = max(geo.toy_towns(), key=lambda town: np.mean(geo.great_circle_km(town, train.coordinates) <= row["km"]))
+        assert row["chance"] >= np.mean(geo.great_circle_km(town, test.coordinates) <= row["km"]) - 0.02
+
+
+def test_every_toy_planet_lies_on_the_globe():
+    "59 has a town at the date line."
+    for seed in (0, 59): assert geo.check_places(geo.toy_places("train", seed=seed).coordinates).shape == (1500, 2)
+
+
+def test_other_photographs_are_another_measurement(tmp_path):
+    top = data_set(tmp_path, 60, 8, 0)
+    config = geo.GeolocationConfig(run_dir=str(tmp_path / "run"), task="im2gps", root=str(tmp_path), cells="2-30", l2_count=1)
+    settings = lambda: geo.geolocation_settings(config, *geo.open_places(config), "")["data"]
+    first = settings()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(top / "images/00/0.png")
+    second = settings()
+    assert second["test"] != first["test"] and second["train"] == first["train"]
+    text = (top / "im2gps_places365.csv").read_text().splitlines()
+    (top / "im2gps_places365.csv").write_text("\n".join([*text[:-1], text[-1].replace(text[-1].split(",")[2], "12.5")]) + "\n")
+    assert settings()["places"] != first["places"]
+
+
+def test_hostile_tables_are_refused_by_name(tmp_path):
+    (tmp_path / "list.csv").write_text(f"{HEADER}\n{'a' * 200_000},x,1,2\n")
+    with pytest.raises(ValueError, match="list.csv"): geo.read_list(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("LAT,LON,IMG_ID\n1,2\n")
+    with pytest.raises(ValueError, match="list.csv: line 2"): geo.read_list(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text(f"\ufeffIMG_ID,LAT,LON\na.jpg,1,2\n", encoding="utf-8")
+    assert geo.read_list(tmp_path / "list.csv")[0] == ("a.jpg",)
+    for row in (f"0,{'8' * 200_000},1,1,1", "0,8744,-5,1,1", f"0,8744,{'9' * 30},1,1"):
+        with pytest.raises(ValueError, match="cells.csv"): geo.read_cells(cells_file(tmp_path / "cells.csv", [row]))
 
 
 def test_paths_break_at_the_date_line():

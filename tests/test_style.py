@@ -88,6 +88,10 @@ def test_intervals_draw_artists():
     assert low < hits.mean() < high
 
 
+def test_one_artist_has_no_interval():
+    with pytest.raises(ValueError, match="one artist"): style.artist_interval(np.mean, ["a"] * 9, np.arange(9) % 2)
+
+
 def test_the_probe_is_above_chance_and_splitting_by_work_flatters_it(tmp_path):
     "On features that hold an artist and, weakly, a style."
     rng, (styles, artists) = np.random.default_rng(0), collection(1500, 60, 4)
@@ -174,3 +178,71 @@ def test_an_artist_paints_alike_whatever_is_shown():
     tied = style.toy_works(500, confound=1.0)
     assert np.array_equal(tied.contents // 2, tied.data.labels.numpy())
     assert len({bytes(works.data.read(i).numpy()) for i in range(20)}) == 20
+
+
+def paint(root, artists):
+    "Works of the artists of each style, twenty each."
+    for k, names in artists.items():
+        for name in names:
+            for i in range(20):
+                (root / "wikiart" / k).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(root / "wikiart" / k / f"{name}_{i}.png")
+
+
+def test_too_few_artists_are_said_before_anything_is_written(tmp_path):
+    base = style.StyleConfig(run_dir=str(tmp_path / "run"), task="wikiart", root=str(tmp_path / "two"))
+    paint(tmp_path / "two", {"ink": ["a", "b"], "points": ["c", "d"]})
+    with pytest.raises(ValueError, match="validation"): style.run_style(base)               # one artist a style is left, none to choose the penalty by
+    paint(tmp_path / "one", {"ink": ["a", "b"], "points": ["c"]})
+    with pytest.raises(ValueError, match="by one artist"): style.run_style(dataclasses.replace(base, root=str(tmp_path / "one"), l2_count=1))
+    assert not (tmp_path / "run").exists()
+    assert style.run_style(dataclasses.replace(base, l2_count=1)).details["test_artists"] == 2
+
+
+def test_other_works_or_lists_are_another_measurement(tmp_path):
+    _, names = wikiart(tmp_path, 60)
+    config = style.StyleConfig(task="wikiart", root=str(tmp_path), split="lists", l2_count=1)
+    seen = [style.style_fingerprint(*style.open_works(config))]
+    def changed():
+        seen.append(style.style_fingerprint(*style.open_works(config)))
+        return seen[-1] not in seen[:-1]
+    top = tmp_path / "wikiart"
+    first = style.read_works("wikiart", tmp_path).data.name(0)
+    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(top / first)
+    assert changed()
+    (top / "style_val.csv").write_text("\n".join((top / "style_val.csv").read_text().splitlines()[1:]) + "\n")
+    assert changed()
+    (top / "genre_val.csv").unlink()
+    assert changed()
+    (top / names[5]).unlink()
+    assert changed()
+
+
+def test_a_run_on_other_works_is_not_the_old_result(tmp_path):
+    wikiart(tmp_path, 60)
+    config = style.StyleConfig(run_dir=str(tmp_path / "a"), task="wikiart", root=str(tmp_path), split="works", l2_count=1)
+    first = style.run_style(config)
+    (tmp_path / "wikiart/genre_val.csv").unlink()                                            # the matched accuracy has other subjects now
+    assert style.run_style(config).details["matched"] != first.details["matched"]
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    _, names = wikiart(tmp_path, 60)
+    top = tmp_path / "wikiart"
+    (top / "style_train.csv").write_text((top / "style_train.csv").read_text() + "ink/gone_1.png,1\nink/gone_2.png,1\n")
+    (top / "style_val.csv").write_text("\n".join((top / "style_val.csv").read_text().splitlines()[:-3]) + "\n")
+    details = style.run_style(style.StyleConfig(run_dir=str(tmp_path / "a"), task="wikiart", root=str(tmp_path), split="lists", l2_count=1)).details
+    assert details["lists"] == {"without_work": 2, "unlisted": 3}
+    assert all(row["few"] == (row["artists"] < style.FEW_ARTISTS) for row in details["styles"])
+    rng = np.random.default_rng(0)
+    styles, contents = rng.integers(6, size=60), rng.integers(-1, 30, size=60)
+    naive = [c >= 0 and len(set(styles[contents == c])) > 1 for c in contents]
+    assert style.in_two_styles(styles, contents).tolist() == naive and 0 < sum(naive) < 60
+
+
+def test_lists_of_other_kinds_are_refused_by_name(tmp_path):
+    for text in ("a.jpg,many\n", f"{'a' * 200_000},1\n", f"a.jpg,{'9' * 5000}\n"):
+        (tmp_path / "list.csv").write_text(text)
+        with pytest.raises(ValueError, match="list.csv"): style.read_numbers(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("\ufeffa.jpg,1\n", encoding="utf-8")
+    assert style.read_numbers(tmp_path / "list.csv") == {"a.jpg": 1}

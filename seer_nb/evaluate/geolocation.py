@@ -11,7 +11,7 @@ __all__ = ['EARTH_KM', 'LEVELS', 'QUADRANT', 'TURN', 'SOLVERS', 'check_places', 
            'published_within', 'blind_guess', 'measure_places', 'check_geolocation', 'open_places',
            'geolocation_settings', 'score_places', 'run_geolocation', 'great_circle_path', 'draw_map']
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #291344a5
+# %% ../../nbs/evaluate/64_geolocation.ipynb #abe19565
 import csv
 import dataclasses
 import functools
@@ -28,7 +28,8 @@ import torch
 
 from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
 from ..distributed import barrier, gather_json, is_main, setup
-from .features import extract
+from .annotations import reading
+from .features import data_fingerprint, extract
 from .finetune import (check_finetune, classification_loss, fit, learning_rate, new_classifier, place_model, recipe, score_images, start_training,
                                        train_loader)
 from .linear import (cached_batches, fit_logistic, fold_taps, head_scores, make_heads, probe_recipe, standardize, sweep_l2, train_heads)
@@ -158,7 +159,7 @@ def read_token(
     if number >> 61 > 5 or lowest % 2 or lowest < 0: raise ValueError(f"{token!r} is no S2 cell")
     return number
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #677fa4f7
+# %% ../../nbs/evaluate/64_geolocation.ipynb #ec31adc5
 class Cells(NamedTuple):
     "A partition of part of the Earth; the classes of a classifier."
     ids: np.ndarray      # uint64 [C], S2 cells
@@ -184,18 +185,18 @@ def read_cells(
     path,  # a published file, e.g. cells_50_5000.csv
 ) -> Cells:
     "Read a partition in GeoEstimation's format. Raises `ValueError` for a file of another kind, or with damaged rows."
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = [line for line in file if not line.startswith(("num_images:", "min_concept_probability:"))]
-    rows = list(csv.DictReader(lines))
-    try:
-        order = np.argsort([int(row["class_label"]) for row in rows])
-        rows = [rows[i] for i in order]
-        if [int(row["class_label"]) for row in rows] != list(range(len(rows))): raise ValueError("class_label must count from 0")
-        ids = np.array([read_token(row["hex_id"]) for row in rows], np.uint64)
-        images, centres = np.array([int(row["imgs_per_cell"]) for row in rows]), [(float(row["latitude_mean"]), float(row["longitude_mean"])) for row in rows]
-        if rows: return check_cells(Cells(ids, images, check_places(centres)), Path(path).name)
-    except (KeyError, TypeError, ValueError) as error: raise ValueError(f"{Path(path).name} is no list of cells ({error}): see GeoEstimation's cells_50_5000.csv") from None
-    raise ValueError(f"{Path(path).name} has no cell")
+    with reading(name := Path(path).name):
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(line for line in file if not line.startswith(("num_images:", "min_concept_probability:"))))
+        try:
+            rows = sorted(rows, key=lambda row: int(row["class_label"]))
+            if [int(row["class_label"]) for row in rows] != list(range(len(rows))): raise ValueError("class_label must count from 0")
+            ids, images = np.array([read_token(row["hex_id"]) for row in rows], np.uint64), np.array([int(row["imgs_per_cell"]) for row in rows], np.int64)
+            centres = [(float(row["latitude_mean"]), float(row["longitude_mean"])) for row in rows]
+            if (images < 0).any(): raise ValueError(f"a cell has {images.min()} photographs")
+            if rows: return check_cells(Cells(ids, images, check_places(centres)), name)
+        except (KeyError, TypeError, ValueError, OverflowError) as error: raise ValueError(f"no list of cells ({error}): see GeoEstimation's cells_50_5000.csv") from None
+        raise ValueError("there is no cell")
 
 # %% ../../nbs/evaluate/64_geolocation.ipynb #b0f498f0
 def occupancy(
@@ -253,7 +254,7 @@ def combine_partitions(
         total = total + np.asarray(table, np.float32)[:, around]
     return total
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #86469496
+# %% ../../nbs/evaluate/64_geolocation.ipynb #904e53da
 @dataclasses.dataclass(frozen=True)
 class Places:
     "Photographs and where they were taken: `len(places)`, `places[i] -> (image, place)`."
@@ -272,16 +273,15 @@ def read_list(
     path,  # a published table, e.g. im2gps_places365.csv
 ) -> tuple:
     "Return the names of photographs and their places, `[N, 2]`. Raises `ValueError` for rows without a place on the globe and names that leave the folder."
-    with open(path, encoding="utf-8", newline="") as file:
+    with reading(Path(path).name), open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
-        try: names, latitude, longitude = zip(*((row["IMG_ID"], float(row["LAT"]), float(row["LON"])) for row in rows))
+        try: names, latitude, longitude = zip(*((row["IMG_ID"] + "", float(row["LAT"]), float(row["LON"])) for row in rows))
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{Path(path).name}, line {rows.line_num}: wanted is a table with the columns IMG_ID, LAT and LON, the last two numbers") from None
-    places = np.array([latitude, longitude]).T
-    if (np.abs(places[:, 0]) > 90).any() and (np.abs(places[:, 1]) <= 90).all():
-        raise ValueError(f"{Path(path).name} has the headings LAT and LON exchanged: there is a latitude of {places[np.abs(places[:, 0]).argmax(), 0]}. Exchange them in its first line")
-    try: return below(names), check_places(places)
-    except ValueError as error: raise ValueError(f"{Path(path).name}: {error}") from None
+            raise ValueError(f"line {rows.line_num}: wanted is a table with the columns IMG_ID, LAT and LON, the last two numbers") from None
+        places = np.array([latitude, longitude]).T
+        if (np.abs(places[:, 0]) > 90).any() and (np.abs(places[:, 1]) <= 90).all():
+            raise ValueError(f"the headings LAT and LON are exchanged: there is a latitude of {places[np.abs(places[:, 0]).argmax(), 0]}. Exchange them in its first line")
+        return below(names), check_places(places)
 
 # %% ../../nbs/evaluate/64_geolocation.ipynb #b7850e73
 def read_places(
@@ -351,7 +351,7 @@ def toy_photograph(
     "Draw one photograph, always the same, uint8 [3, 32, 32]."
     return draw_scene(climates[i], stateless_rng(seed, 64, 2 + part, i))
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #871a4b3a
+# %% ../../nbs/evaluate/64_geolocation.ipynb #b4b96e96
 def toy_places(
     split: str,     # train or test
     n: int = 0,     # so many photographs; 0: 1500 train, 400 test
@@ -363,6 +363,7 @@ def toy_places(
     popular = 1 / np.arange(1, len(towns) + 1) ** 0.3
     town = rng.choice(len(towns), n, p=popular / popular.sum())
     places = towns[town] + rng.normal(0, 0.15, (n, 2))
+    places[:, 1] = (places[:, 1] + 180) % 360 - 180                             # a town may lie at the date line
     read = functools.partial(toy_photograph, toy_climate(places).T, seed, part)
     return Places("toy_places", places, tuple(f"{split}/{i}" for i in range(n)), read)
 
@@ -475,7 +476,7 @@ def score_partitions(
         alone.append({"cells": len(cells.ids), "right_cell": right, "within": accuracy_within(cells.centres[guess], true).tolist()})
     return partitions[-1].centres[combine_partitions(tables, partitions).argmax(1)], alone
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #90c5622e
+# %% ../../nbs/evaluate/64_geolocation.ipynb #21d4e3b9
 def published_within(
     slug: str,  # im2gps
 ) -> dict:
@@ -488,28 +489,35 @@ def published_within(
 
 
 def blind_guess(
-    cells: Cells,
+    places,                      # [N, 2] of the training photographs
     km: float = LEVELS["city"],  # around the guess
+    tries: int = 2000,           # places compared: the means of the fullest S2 cells, of 8 km or a quarter of the distance
 ) -> np.ndarray:
-    "Return the centre with the most training photographs around it, `[2]`: the best guess for whoever cannot see."
-    places, near = unit_vectors(cells.centres), np.cos(km / EARTH_KM)
-    around = [(places[a:a + 512] @ places.T >= near) @ cells.images for a in range(0, len(places), 512)]
-    return cells.centres[np.concatenate(around).argmax()]
+    "Return a place with as many training photographs around it as can be found, `[2]`: the best guess for whoever cannot see."
+    level = max(10, int(np.log2(4 * 7842 / km)))                                # an edge has about 7842 km on level 0, half on each finer one
+    _, which, counts = np.unique(ancestors(leaf_ids(places), level), return_inverse=True, return_counts=True)
+    centres = mean_places(places, which)
+    directions, tried = unit_vectors(centres), np.argsort(-counts, kind="stable")[:tries]
+    around = [counts @ (directions @ directions[tried[a:a + 128]].T >= np.cos(km / EARTH_KM)) for a in range(0, len(tried), 128)]
+    return centres[tried[np.concatenate(around).argmax()]]
 
 
 def measure_places(
     predicted,         # [M, 2]
     true,              # [M, 2]
-    blind,             # [2], a blind guess
+    train,             # [N, 2] of the training photographs
     published: dict,   # km -> (score, source)
     seed: int = 0,     # of the bootstrap
 ) -> dict:
-    "Return, for each level, its km, the score with its 95 % interval, that of the blind guess, and the published one."
-    distance, guessed = great_circle_km(predicted, true), great_circle_km(blind, true)
-    return {level: {"km": km, "value": float(np.mean(distance <= km)), **dict(zip(("low", "high"), mean_interval(distance <= km, seed=seed))),
-                    "chance": float(np.mean(guessed <= km)), "paper": published.get(km, (None, ""))[0]} for level, km in LEVELS.items()}
+    "Return, for each level, its km, the score with its 95 % interval, that of the level's blind guess, and the published one."
+    found, distance = {}, great_circle_km(predicted, true)
+    for level, km in LEVELS.items():
+        low, high = mean_interval(distance <= km, seed=seed)
+        found[level] = {"km": km, "value": float(np.mean(distance <= km)), "low": low, "high": high,
+                        "chance": float(accuracy_within(np.broadcast_to(blind_guess(train, km), np.shape(true)), true, [km])[0]), "paper": published.get(km, (None, ""))[0]}
+    return found
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #cc189940
+# %% ../../nbs/evaluate/64_geolocation.ipynb #fa287b1e
 SOLVERS = {   # solver -> parameters that decide its number
     "lbfgs": ("validation_share", "l2_low", "l2_high", "l2_count"), "sgd": ("epochs", "batch_size", "lr"), "finetune": ("epochs", "batch_size", "lr", "precision"),
 }
@@ -540,12 +548,16 @@ def open_places(
 
 def geolocation_settings(
     config: GeolocationConfig,
+    train: Places,
+    test: Places,
     partitions,    # Cells
     weights: str,  # fingerprint of the model
 ) -> dict:
-    "Return what decides the number: cells, solver and its parameters, images, and the weights."
-    digest = hashlib.sha256(b"".join(array.tobytes() for cells in partitions for array in cells)).hexdigest()[:12]
-    return {name: getattr(config, name) for name in ("image_size", "train_images", "test_images", "cells", "solver", *SOLVERS[config.solver])} | {"partitions": digest, "weights": weights}
+    "Return what decides the number: cells, solver and its parameters, photographs and their places, and the weights."
+    digest = lambda arrays: hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
+    data = {"train": data_fingerprint(train), "test": data_fingerprint(test), "places": digest([train.coordinates, test.coordinates])}
+    return {name: getattr(config, name) for name in ("image_size", "train_images", "test_images", "cells", "solver", *SOLVERS[config.solver])} | {
+        "data": data, "partitions": digest(array for cells in partitions for array in cells), "weights": weights}
 
 
 def score_places(
@@ -561,27 +573,27 @@ def score_places(
     row, finest = task_row(config.task), partitions[-1]
     predicted, alone = score_partitions(tables, partitions, test.coordinates)
     paper = published_within(config.task).get(config.paper_model, {})
-    within = measure_places(predicted, test.coordinates, blind_guess(finest), paper, config.seed)
+    within = measure_places(predicted, test.coordinates, train.coordinates, paper, config.seed)
     city, outside = within["city"], locate(leaf_ids(train.coordinates), finest) < 0
     details = {"within": within, "partitions": alone, "median_km": float(np.median(great_circle_km(predicted, test.coordinates))),
                "train": len(train), "missing": train.missing, "in_no_cell": int(outside.sum())}
     return Result(row.slug, config.model, "geolocation", settings, row.metric, city["value"], city["low"], city["high"], len(test), round(seconds, 3),
                   city["chance"], *paper.get(LEVELS["city"], (None, "")), config.seed, details), predicted
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #422ea50d
+# %% ../../nbs/evaluate/64_geolocation.ipynb #55df2c43
 def run_geolocation(
     config: GeolocationConfig,
 ) -> Result:
     """Guess where photographs were taken, in a run folder: `results.jsonl` gets one line, `predicted.npy` the guessed places, `[M, 2]`.
 
-    The same call on one process and on every rank of many: they share extraction and fine-tuning. A result that is already there for the same settings, weights and cells is returned. Raises `ValueError` or `FileNotFoundError` before anything is written.
+    The same call on one process and on every rank of many: they share extraction and fine-tuning. A result that is already there for the same settings, weights, photographs and cells is returned. Raises `ValueError` or `FileNotFoundError` before anything is written.
     """
     check_geolocation(config)
     device = setup(config.device or "auto")
     train, test, partitions = open_places(config)
     model = open_model(config.model, seed=config.seed, device=device)
     run = RunDir(gather_json(str(RunDir(config.run_dir, "geolocation").path))[0])
-    settings = geolocation_settings(config, partitions, gather_json(weights_hash(model) if is_main() else "")[0])
+    settings = geolocation_settings(config, train, test, partitions, gather_json(weights_hash(model) if is_main() else "")[0])
     this = dict(task=config.task, model=config.model, protocol="geolocation", settings=settings, seed=config.seed)
     if gather_json(find_result(run.results, **this) is not None)[0]: return find_result(run.results, **this)
     if is_main(): run.begin(config, may_change=("workers", "extract_batch", "device", "cuts"))
