@@ -217,6 +217,28 @@ def test_search_is_a_sort_and_scores_do_not_need_all_of_it():
     assert np.array_equal(whole[:10], cut[:10]) and (cut[10:] == 0).all() and (whole[10:] > 0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_equals_have_one_order(backend):
+    "Every image is there three times; equals come in the order of the database, late ones after the others, also where the depth cuts through them."
+    if backend == "faiss": pytest.importorskip("faiss")
+    queries, database = unit(20, 16, 0), unit(100, 16, 1).repeat(3, 1)
+    first = (queries @ database[:100].T).argsort(dim=1, descending=True)
+    expected = (first[:, :, None] + 100 * torch.arange(3)).flatten(1)
+    for depth in (1, 2, 7, 299, 300): assert torch.equal(copies.search(queries, database, depth, backend), expected[:, :depth])
+    late = torch.stack([first + 100, first + 200, first], 2).flatten(1)
+    for depth in (2, 7, 300): assert torch.equal(copies.search(queries, database, depth, backend, last=[range(100)] * 20), late[:, :depth])
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+@pytest.mark.parametrize("depth", [0, 5])
+def test_a_constant_model_finds_nothing(backend, depth):
+    if backend == "faiss": pytest.importorskip("faiss")
+    same, wanted = F.normalize(torch.ones(30, 16)), [Wanted(i, [i, i + 1]) for i in range(8)]
+    found = copies.score_queries(same[:8], same, wanted, depth=depth, backend=backend)
+    assert found.plain.tolist() == [0 if depth else (1 / 29 + 2 / 30) / 2] * 8 and (found.first == 0).all() == True
+    assert found.top[0].tolist() == [2, 3, 4, 5, 6, 7, 8][:depth or 7]
+
+
 def test_a_missing_faiss_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match=r"pip install 'seer_nb\[peers\]'"): copies.search(unit(2, 4, 0), unit(2, 4, 0), backend="faiss")

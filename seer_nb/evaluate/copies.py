@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CROPS', 'QUALITIES', 'ATTACKS', 'POOLINGS', 'ARRAY_NAMES', 'OTHER_CITY', 'crop', 'recompress', 'tilt', 'scribble',
            'fade', 'strong', 'attack', 'Wanted', 'Retrieval', 'region', 'toy_copies', 'gem', 'rmac_regions',
-           'region_vectors', 'add_up', 'rmac', 'PCAWhitening', 'search', 'places', 'query_precision',
+           'region_vectors', 'add_up', 'rmac', 'PCAWhitening', 'nearest', 'search', 'places', 'query_precision',
            'mean_average_precision', 'precision_at', 'Recipe', 'check_recipe', 'view', 'Chosen', 'pool', 'check_maps',
            'region_batches', 'fit_whitening', 'sum_up', 'describe', 'read_number', 'read_split', 'read_copydays',
            'raw_bytes', 'numbers_of', 'read_truth', 'read_revisited', 'Scores', 'score_queries', 'grouped_mean',
@@ -272,27 +272,47 @@ class PCAWhitening:
         "Whiten vectors, `[..., n]`."
         return (vectors - self.mean) @ self.matrix.T
 
-# %% ../../nbs/evaluate/63_copies.ipynb #1c216d48
+# %% ../../nbs/evaluate/63_copies.ipynb #381f60cb
+def nearest(
+    queries,       # [Q, D] of length 1
+    database,      # [N, D] of length 1
+    k: int,        # 1..N
+    backend: str,  # torch or faiss
+) -> tuple:
+    "Return the k highest similarities of each query, float32 `[Q, k]`, to six decimals, and the images they belong to; equals are in any order."
+    if backend == "torch": values, index = (x.cpu().numpy() for x in nearest_neighbours(database, queries, k, normalize=False))
+    else:
+        faiss = needed("faiss", "peers")
+        queries, database = (np.ascontiguousarray(torch.as_tensor(x).cpu().numpy(), np.float32) for x in (queries, database))
+        if not (np.isfinite(queries).all() and np.isfinite(database).all()): raise ValueError("some features are not finite")
+        flat = faiss.IndexFlatIP(database.shape[1])
+        flat.add(database)
+        values, index = flat.search(queries, k)
+    return values.round(6), index
+
+
 def search(
     queries,                 # [Q, D] of length 1
     database,                # [N, D] of length 1
     depth: int = 0,          # ranks wanted; 0: all N
     backend: str = "torch",  # or faiss
+    last=None,               # for each query, images that come after others equally near; None: none
 ) -> torch.Tensor:
-    """Return the numbers of the nearest images in the database for each query, `[Q, depth]`, nearest first; exact.
+    """Return the numbers of the nearest images in the database for each query, `[Q, depth]`, nearest first; exact, equals in the order of the database.
 
     Raises `ValueError` for a depth or a backend that does not exist, and for vectors that are not finite.
     """
     if backend not in ("torch", "faiss"): raise ValueError(f"no backend {backend!r}: torch or faiss")
     if not 0 <= depth <= len(database): raise ValueError(f"depth {depth} in a database of {len(database)} images")
     depth = depth or len(database)
-    if backend == "torch": return nearest_neighbours(database, queries, depth, normalize=False)[1].cpu()
-    faiss = needed("faiss", "peers")
-    queries, database = (np.ascontiguousarray(torch.as_tensor(x).cpu().numpy(), np.float32) for x in (queries, database))
-    if not (np.isfinite(queries).all() and np.isfinite(database).all()): raise ValueError("some features are not finite")
-    index = faiss.IndexFlatIP(database.shape[1])
-    index.add(database)
-    return torch.from_numpy(index.search(queries, depth)[1])
+    k = min(depth + 1, len(database))
+    while True:                                                                      # until all that equal the last one wanted are there
+        values, index = nearest(queries, database, k, backend)
+        if k == len(database) or (values[:, -1] < values[:, depth - 1]).all(): break
+        k = min(2 * k, len(database))
+    late = np.zeros(index.shape, bool) if last is None else np.stack([np.isin(row, np.asarray(few, np.int64)) for row, few in zip(index, last, strict=True)])
+    order = np.lexsort((index, late, -values))[:, :depth]                            # by similarity, then late ones last, then by number
+    return torch.from_numpy(np.take_along_axis(index, order, 1))
 
 # %% ../../nbs/evaluate/63_copies.ipynb #80a898c9
 def places(
@@ -594,7 +614,7 @@ def read_revisited(
     queries = Chosen(files(truth["qimlist"]), range(len(rows)), [row["bbx"] for row in rows])
     return Retrieval(queries, files(truth["imlist"]), open_images(other) if other.is_dir() else (), splits, "medium")
 
-# %% ../../nbs/evaluate/63_copies.ipynb #f257a25b
+# %% ../../nbs/evaluate/63_copies.ipynb #dd9c2344
 class Scores(NamedTuple):
     "How well the queries of a split were answered."
     precision: np.ndarray  # [Q] average precision, NaN without a right image
@@ -611,8 +631,8 @@ def score_queries(
     depth: int = 0,           # ranks looked at; 0: all
     backend: str = "torch",   # of search
 ) -> Scores:
-    "Rank the database for each query and score the rankings."
-    ranks = search(queries, database, depth, backend)
+    "Rank the database for each query, right images last among equals, and score the rankings."
+    ranks = search(queries, database, depth, backend, [w.positives for w in wanted])
     found = [places(r, w.positives, w.junk) for r, w in zip(ranks.numpy(), wanted)]
     scored = lambda plain: np.array([query_precision(at, len(w.positives), plain) if len(w.positives) else np.nan for at, w in zip(found, wanted)])
     return Scores(scored(False), scored(True), np.array([[precision_at(at, k) for k in (1, 5, 10)] for at in found]), ranks[:, :7].clone())
