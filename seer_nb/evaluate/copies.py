@@ -9,12 +9,14 @@ __all__ = ['CROPS', 'QUALITIES', 'ATTACKS', 'POOLINGS', 'ARRAY_NAMES', 'OTHER_CI
            'mean_average_precision', 'precision_at', 'Recipe', 'check_recipe', 'view', 'Chosen', 'pool', 'check_maps',
            'region_batches', 'fit_whitening', 'sum_up', 'describe', 'read_number', 'read_split', 'read_copydays',
            'raw_bytes', 'numbers_of', 'read_truth', 'read_revisited', 'Scores', 'score_queries', 'grouped_mean',
-           'chance_precision', 'CopiesConfig', 'config_recipe', 'read_data', 'open_copies', 'copies_settings',
-           'score_copies', 'run_copies']
+           'chance_precision', 'CopiesConfig', 'config_recipe', 'read_data', 'open_copies', 'copies_data',
+           'copies_settings', 'score_copies', 'run_copies']
 
-# %% ../../nbs/evaluate/63_copies.ipynb #20ed8e83
+# %% ../../nbs/evaluate/63_copies.ipynb #e7cfbb46
 import dataclasses
+import hashlib
 import io
+import json
 import math
 import re
 import time
@@ -33,7 +35,7 @@ from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, w
 from ..images import BadImage, ImageFiles, decode_image, open_images
 from ..toyworld import pictures
 from ..weights import Preprocess
-from .features import eval_mode, image_name, read_tap, tap_features, tapped_module
+from .features import data_fingerprint, eval_mode, image_name, read_tap, tap_features, tapped_module
 from .knn import nearest_neighbours
 from .linear import check_config, make_record
 from .metrics import bootstrap_interval
@@ -699,7 +701,7 @@ def config_recipe(
     check_recipe(recipe := Recipe(config.tap, config.pooling, config.levels, config.power, config.image_size, scales))
     return recipe
 
-# %% ../../nbs/evaluate/63_copies.ipynb #2ab7875a
+# %% ../../nbs/evaluate/63_copies.ipynb #230745b8
 def read_data(
     config: CopiesConfig,
 ) -> Retrieval:
@@ -726,6 +728,17 @@ def open_copies(
     return data
 
 
+def copies_data(
+    data: Retrieval,
+) -> list:
+    "Return fingerprints of the queries, the database, the training images, and of what should be found, with the boxes of the queries."
+    wanted = {name: [(w.query, *([int(i) for i in few] for few in (w.positives, w.junk)), w.group) for w in split] for name, split in data.splits.items()}
+    boxes = [[float(x) for x in box] for box in getattr(data.queries, "boxes", None) or ()]
+    said = hashlib.sha256(json.dumps([wanted, boxes]).encode()).hexdigest()[:12]
+    try: return [data_fingerprint(images) for images in (data.queries, data.database, data.training)] + [said]
+    except (BadImage, OSError) as error: raise ValueError(f"an image cannot be read: {error}") from error
+
+
 def copies_settings(
     config: CopiesConfig,
     data: Retrieval,
@@ -733,7 +746,8 @@ def copies_settings(
 ) -> dict:
     "Return what decides the number."
     names = ("image_size", "tap", "pooling", "levels", "power", "scales", "whitening", "whitening_images", "splits", "distractors", "depth")
-    return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training) if config.whitening else 0, "weights": weights}
+    if not config.whitening: data = data._replace(training=())
+    return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training), "data": copies_data(data), "weights": weights}
 
 # %% ../../nbs/evaluate/63_copies.ipynb #d2992f69
 def score_copies(
@@ -760,13 +774,13 @@ def score_copies(
                          time.perf_counter() - start, splits=splits, dimensions=queries.shape[1])
     return dataclasses.replace(result, chance=chance_precision(data.splits[data.headline], len(data.database), config.seed)), best
 
-# %% ../../nbs/evaluate/63_copies.ipynb #375e9b4e
+# %% ../../nbs/evaluate/63_copies.ipynb #c4de1c9b
 def run_copies(
     config: CopiesConfig,
 ) -> Result:
     """Search for copies in a run folder: `results.jsonl` gets one line, `neighbours.npy` the seven nearest images of each headline query, `precision.npy` its average precision.
 
-    A result that is already there for the same settings and weights is returned. Raises `ValueError` before anything is written for a task, split, model, recipe, backend or
+    A result that is already there for the same settings, data and weights is returned. Raises `ValueError` before anything is written for a task, split, model, recipe, backend or
     published model that does not exist, and `FileNotFoundError` for data that are not there.
     """
     check_config(config, "copies")
@@ -780,7 +794,7 @@ def run_copies(
     run = RunDir(config.run_dir, "copies")
     done = find_result(run.results, task=config.task, model=config.model, protocol="copies", settings=settings, seed=config.seed)
     if done: return done
-    run.begin(config)
+    run.begin(config, may_change=("extract_batch", "device", "backend"))
     result, scores = score_copies(model, data, config, settings)
     for name, array in {"neighbours": scores.top.numpy(), "precision": scores.precision}.items():
         np.save(buffer := io.BytesIO(), array)
