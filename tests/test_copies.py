@@ -195,6 +195,10 @@ def test_groups_are_resampled_together():
     value, low, high = copies.grouped_mean(np.append(values, np.nan), np.append(groups, "g"))
     _, alone_low, alone_high = copies.grouped_mean(values, np.arange(120))
     assert value == 0.5 and high - low > 2 * (alone_high - alone_low)
+    value, low, high = copies.grouped_mean([1, 0, 1, 1], ["a", "a", "b", "a"])
+    assert value == 0.75 and low < high
+    value, low, high = copies.grouped_mean([1, 0, math.nan], ["a", "a", "b"])      # one building says nothing about others
+    assert value == 0.5 and math.isnan(low) and math.isnan(high)
 
 
 # ── search ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -452,18 +456,27 @@ def test_lists_that_mean_nothing_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="gnd_roxford5k.pkl is not a ground truth of revisitop"): copies.read_truth(path)
 
 
+@pytest.mark.parametrize("easy, hard, junk", [([0, 0], [], []), ([0], [0], []), ([1], [], [2, 1]), ([], [2], [2])])
+def test_an_image_stands_in_one_list(tmp_path, easy, hard, junk):
+    path = tmp_path / "gnd_roxford5k.pkl"
+    path.write_bytes(pickle.dumps({"imlist": list("abc"), "qimlist": ["q"], "gnd": [{"bbx": [0, 0, 1, 1], "easy": easy, "hard": hard, "junk": junk}]}))
+    with pytest.raises(ValueError, match=r"names image \d twice"): copies.read_truth(path)
+
+
 def test_small_files_do_not_become_large(tmp_path):
-    "An array of a trillion bytes that are not there; one list of 200,000 entries named 2,000 times."
+    "An array of a trillion bytes that are not there; one list of 200,000 entries, or one long name, that stands there 2,000 times."
     path, row = tmp_path / "gnd_roxford5k.pkl", {"bbx": [0, 0, 1, 1], "easy": np.array([0]), "hard": [], "junk": []}
     text = pickle.dumps({"imlist": ["a"], "qimlist": ["q"], "gnd": [row]}, protocol=3)
     raw = pickle.dumps(np.array([0]).tobytes(), protocol=3)[2:-3]
     assert text.count(raw) == 1
     path.write_bytes(text.replace(raw, pickle.dumps(2**40, protocol=3)[2:-1]))
     with pytest.raises(ValueError, match="an array without bytes"): copies.read_truth(path)
-    many = row | {"easy": [0] * 200_000}
-    path.write_bytes(pickle.dumps({"imlist": ["a"], "qimlist": ["q"] * 2000, "gnd": [many] * 2000}))
-    assert path.stat().st_size < 1_000_000
+    many = row | {"easy": list(range(200_000))}
+    path.write_bytes(pickle.dumps({"imlist": ["a"] * 200_000, "qimlist": ["q"] * 2000, "gnd": [many] * 2000}))
+    assert path.stat().st_size < 2_000_000
     with pytest.raises(ValueError, match="millions of entries"): copies.read_truth(path)
+    path.write_bytes(pickle.dumps({"imlist": ["a/" * 2**21] * 2000, "qimlist": ["q"], "gnd": [row]}))
+    with pytest.raises(ValueError, match="imlist holds other things than names"): copies.read_truth(path)
 
 
 def test_cut_and_foreign_files_are_refused(tmp_path):
@@ -481,7 +494,7 @@ def test_a_run_on_copydays(tree, tmp_path):
     splits = result.details["splits"]
     assert splits["original"]["mAP"] == 1 and splits["jpegqual_30"]["mAP"] > splits["strong"]["mAP"] == result.value > result.chance
     assert result.n == 12 and result.ci_low <= result.value <= result.ci_high and result.paper == pytest.approx(0.906) and "README" in result.paper_source
-    assert splits["strong"]["plain"] >= splits["strong"]["mAP"] and set(splits["strong"]) == {"mAP", "low", "high", "n", "plain", "mP@1", "mP@5", "mP@10"}
+    assert splits["strong"]["plain"] >= splits["strong"]["mAP"] and set(splits["strong"]) == {"mAP", "low", "high", "n", "without", "plain", "mP@1", "mP@5", "mP@10"}
     assert copies.run_copies(config) == result and read_results(tmp_path / "run/results.jsonl") == [result]
     only = copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / "only"), splits="strong", distractors=False))
     assert list(only.details["splits"]) == ["strong"] and only.settings["database"] == 6 and only.value >= result.value - 0.3
@@ -527,6 +540,20 @@ def test_a_run_refuses_before_it_writes(tree, tmp_path, change, message):
     config = make_config(CopiesConfig, {"run_dir": str(tmp_path / "run"), "task": "copydays", "splits": "strong", "root": str(tree), **change})
     with pytest.raises((ValueError, FileNotFoundError), match=message): copies.run_copies(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_city_without_hard_views(tree, tmp_path):
+    shutil.copytree(tree / "roxford5k", tmp_path / "roxford5k")
+    path = tmp_path / "roxford5k/gnd_roxford5k.pkl"
+    truth = pickle.loads(path.read_bytes())
+    for row in truth["gnd"]: row["hard"] = []
+    truth["gnd"][0]["easy"] = []
+    path.write_bytes(pickle.dumps(truth))
+    config = CopiesConfig(run_dir=str(tmp_path / "run"), task="roxford5k", root=str(tmp_path), image_size=96, tap="res3")
+    with pytest.raises(ValueError, match="no query of the split 'hard' has a right image"): copies.run_copies(config)
+    assert not (tmp_path / "run").exists()
+    split = copies.run_copies(dataclasses.replace(config, splits="medium easy")).details["splits"]["easy"]
+    assert (split["n"], split["without"]) == (2, 1)
 
 
 def test_whitening_needs_pictures(tree, tmp_path):

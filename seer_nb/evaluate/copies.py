@@ -567,7 +567,7 @@ def numbers_of(
     if not re.fullmatch(r"[iuf][1248]", name) or order not in tuple("<>=|"): raise ValueError(f"numbers of the type {name!r}")
     return np.frombuffer(raw_bytes(raw), order + name)
 
-# %% ../../nbs/evaluate/63_copies.ipynb #96b43e9f
+# %% ../../nbs/evaluate/63_copies.ipynb #97cc20fb
 def read_truth(
     path,  # gnd_roxford5k.pkl or gnd_rparis6k.pkl
 ) -> dict:
@@ -583,6 +583,8 @@ def read_truth(
     if bad := sorted(name for name in said.names if not ARRAY_NAMES.match(name)):
         raise ValueError(f"{path.name} asks to call {bad[0][:100]}, which no list of pictures needs: loaded with pickle, it would run a program. Nothing was run")
     try:
+        for name in ("imlist", "qimlist"):
+            if any(type(x) is not str or len(x) > 255 for x in said.value[name]): raise ValueError(f"{name} holds other things than names")
         n, truth = len(said.value["imlist"]), {name: below(said.value[name]) for name in ("imlist", "qimlist")}
         truth["gnd"], entries = [], 0
         for row in said.value["gnd"]:
@@ -591,6 +593,8 @@ def read_truth(
             for key in ("easy", "hard", "junk"):
                 if not ((row[key] == np.floor(row[key])) & (row[key] >= 0) & (row[key] < n)).all(): raise ValueError(f"{key} names others than the {n} images there are")
                 row[key] = row[key].astype(np.int64)
+            numbers, times = np.unique(np.concatenate([row[key] for key in ("easy", "hard", "junk")]), return_counts=True)
+            if (times > 1).any(): raise ValueError(f"a query names image {numbers[times.argmax()]} twice in easy, hard and junk")
             if row["bbx"].shape != (4,) or not np.isfinite(row["bbx"]).all(): raise ValueError("a box has not four numbers")
         if len(truth["gnd"]) != len(truth["qimlist"]): raise ValueError(f"{len(truth['gnd'])} lists for {len(truth['qimlist'])} queries")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
@@ -639,18 +643,19 @@ def score_queries(
     scored = lambda plain: np.array([query_precision(at, len(w.positives), plain) if len(w.positives) else np.nan for at, w in zip(found, wanted)])
     return Scores(scored(False), scored(True), np.array([[precision_at(at, k) for k in (1, 5, 10)] for at in found]), ranks[:, :7].clone())
 
-# %% ../../nbs/evaluate/63_copies.ipynb #b8224295
+# %% ../../nbs/evaluate/63_copies.ipynb #fb4edc14
 def grouped_mean(
     values,    # [Q]; NaN: left out
     groups,    # [Q] texts
     seed: int = 0,
 ) -> tuple:
-    "Return the mean and the ends of its bootstrap interval, whole groups resampled together."
+    "Return the mean and the ends of its bootstrap interval, whole groups resampled together; of one group nothing is known about others: the ends are NaN."
     values, which = np.asarray(values), np.unique(groups, return_inverse=True)[1]
     known = ~np.isnan(values)
     if not known.any(): raise ValueError("no query has a right image")
     total, count = np.bincount(which[known], values[known]), np.bincount(which[known])
     total, count = total[count > 0], count[count > 0]
+    if len(total) == 1: return float(total[0] / count[0]), math.nan, math.nan
     return float(total.sum() / count.sum()), *bootstrap_interval(lambda t, c: t.sum() / c.sum(), total, count, seed=seed)
 
 
@@ -701,7 +706,7 @@ def config_recipe(
     check_recipe(recipe := Recipe(config.tap, config.pooling, config.levels, config.power, config.image_size, scales))
     return recipe
 
-# %% ../../nbs/evaluate/63_copies.ipynb #230745b8
+# %% ../../nbs/evaluate/63_copies.ipynb #8842e067
 def read_data(
     config: CopiesConfig,
 ) -> Retrieval:
@@ -723,6 +728,8 @@ def open_copies(
     if missing := [name for name in names if name not in data.splits]: raise ValueError(f"{config.task} has no split {missing[0]!r}{did_you_mean(missing[0], data.splits)}; splits: {', '.join(data.splits)}")
     splits = {name: wanted for name, wanted in data.splits.items() if not names or name in names}
     if data.headline not in splits: raise ValueError(f"the result of {config.task} is the mAP of {data.headline!r}: name it among the splits")
+    for name, wanted in splits.items():
+        if not any(len(w.positives) for w in wanted): raise ValueError(f"no query of the split {name!r} has a right image: name other splits")
     data = data._replace(splits=splits, training=open_images(config.whitening_images) if config.whitening_images else data.training)
     if config.whitening and not len(data.training): raise ValueError("whitening needs other images: give whitening_images, or whitening=0")
     return data
@@ -735,7 +742,7 @@ def copies_data(
     wanted = {name: [(w.query, *([int(i) for i in few] for few in (w.positives, w.junk)), w.group) for w in split] for name, split in data.splits.items()}
     boxes = [[float(x) for x in box] for box in getattr(data.queries, "boxes", None) or ()]
     said = hashlib.sha256(json.dumps([wanted, boxes]).encode()).hexdigest()[:12]
-    try: return [data_fingerprint(images) for images in (data.queries, data.database, data.training)] + [said]
+    try: return [data_fingerprint(images) if len(images) else "" for images in (data.queries, data.database, data.training)] + [said]
     except (BadImage, OSError) as error: raise ValueError(f"an image cannot be read: {error}") from error
 
 
@@ -749,7 +756,7 @@ def copies_settings(
     if not config.whitening: data = data._replace(training=())
     return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training), "data": copies_data(data), "weights": weights}
 
-# %% ../../nbs/evaluate/63_copies.ipynb #d2992f69
+# %% ../../nbs/evaluate/63_copies.ipynb #540c9047
 def score_copies(
     model: nn.Module,
     data: Retrieval,
@@ -766,7 +773,7 @@ def score_copies(
         scores = score_queries(queries[[row_of[w.query] for w in wanted]], database, wanted, depth=config.depth, backend=config.backend)
         value, low, high = grouped_mean(scores.precision, [w.group for w in wanted], config.seed)
         known = ~np.isnan(scores.precision)
-        splits[name] = {"mAP": value, "low": low, "high": high, "n": int(known.sum()), "plain": float(scores.plain[known].mean()),
+        splits[name] = {"mAP": value, "low": low, "high": high, "n": int(known.sum()), "without": int((~known).sum()), "plain": float(scores.plain[known].mean()),
                         **{f"mP@{k}": float(at) for k, at in zip((1, 5, 10), scores.first[known].mean(0))}}
         if name == data.headline: best = scores
     head = splits[data.headline]
