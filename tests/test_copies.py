@@ -188,6 +188,8 @@ def test_chance_is_what_random_orders_get():
     wanted, rng = [Wanted(0, [1, 2], junk=[5])] * 40, np.random.default_rng(0)
     orders = [copies.mean_average_precision([rng.permutation(12)], [[1, 2]], [[5]]) for _ in range(3000)]
     assert copies.chance_precision(wanted, 12) == pytest.approx(np.mean(orders), abs=0.03)
+    cut = [copies.query_precision(copies.places(rng.permutation(12)[:4], [1, 2], [5]), 2) for _ in range(3000)]
+    assert copies.chance_precision(wanted, 12, depth=4) == pytest.approx(np.mean(cut), abs=0.03)
 
 
 def test_groups_are_resampled_together():
@@ -540,6 +542,15 @@ def test_a_run_refuses_before_it_writes(tree, tmp_path, change, message):
     config = make_config(CopiesConfig, {"run_dir": str(tmp_path / "run"), "task": "copydays", "splits": "strong", "root": str(tree), **change})
     with pytest.raises((ValueError, FileNotFoundError), match=message): copies.run_copies(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_missing_splits_are_said_as_they_are(tree, tmp_path):
+    with pytest.raises(ValueError, match="no split 'crops_5'.*crops_10.*original"): copies.open_copies(CopiesConfig(splits="strong crops_5"))
+    with pytest.raises(ValueError, match="name it among the splits"): copies.open_copies(CopiesConfig(splits="crops_10"))
+    (tmp_path / "copydays").mkdir()
+    (tmp_path / "copydays/database").symlink_to(tree / "copydays/database")
+    save(tmp_path / "copydays/queries/crops_50_200000.jpg", photo(0))
+    with pytest.raises(ValueError, match="copydays has no queries of 'strong'"): copies.open_copies(CopiesConfig(task="copydays", root=str(tmp_path), distractors=False))
 
 
 def test_a_city_without_hard_views(tree, tmp_path):

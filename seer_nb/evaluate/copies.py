@@ -12,7 +12,7 @@ __all__ = ['CROPS', 'QUALITIES', 'ATTACKS', 'POOLINGS', 'ARRAY_NAMES', 'OTHER_CI
            'chance_precision', 'CopiesConfig', 'config_recipe', 'read_data', 'open_copies', 'copies_data',
            'copies_settings', 'score_copies', 'run_copies']
 
-# %% ../../nbs/evaluate/63_copies.ipynb #e7cfbb46
+# %% ../../nbs/evaluate/63_copies.ipynb #bcb45298
 import dataclasses
 import hashlib
 import io
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ..containers import _Object, _read_pickle
+from ..containers import PickledObject, read_pickle
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
 from ..images import BadImage, ImageFiles, decode_image, open_images
 from ..toyworld import pictures
@@ -540,23 +540,23 @@ def read_copydays(
         splits[read_split(name)].append(Wanted(i, originals[block], group=str(block)))
     return Retrieval(queries, database, training, {name: wanted for name, wanted in splits.items() if wanted}, "strong")
 
-# %% ../../nbs/evaluate/63_copies.ipynb #40b701c6
+# %% ../../nbs/evaluate/63_copies.ipynb #76a62848
 ARRAY_NAMES = re.compile(r"(numpy\.(core|_core)\.(multiarray|numeric)\.(_reconstruct|scalar|_frombuffer)|numpy\.(ndarray|dtype)|_codecs\.encode|(__builtin__|builtins)\.bytes)$")
 
 
 def raw_bytes(value) -> bytes:
     "Return the bytes of an array, as protocols of pickle write them."
-    if isinstance(value, _Object): value = value.args[0] if value.args else ""
+    if isinstance(value, PickledObject): value = value.args[0] if value.args else ""
     if not isinstance(value, (str, bytes, bytearray)): raise ValueError("an array without bytes")
     return value.encode("latin1") if isinstance(value, str) else bytes(value)
 
 
 def numbers_of(
-    value,  # from _read_pickle: a list of numbers, or the description of an array
+    value,  # from read_pickle: a list of numbers, or the description of an array
 ) -> np.ndarray:
     "Return a flat list of numbers. Raises `ValueError` for anything else."
-    if not isinstance(value, _Object):
-        value = [numbers_of(x)[0] if isinstance(x, _Object) else x for x in value]
+    if not isinstance(value, PickledObject):
+        value = [numbers_of(x)[0] if isinstance(x, PickledObject) else x for x in value]
         if any(type(x) not in (int, float) and not isinstance(x, np.number) for x in value): raise ValueError("a list holds other things than numbers")
         return np.array(value)
     if value.call.endswith(".scalar"): kind, raw = value.args
@@ -567,7 +567,7 @@ def numbers_of(
     if not re.fullmatch(r"[iuf][1248]", name) or order not in tuple("<>=|"): raise ValueError(f"numbers of the type {name!r}")
     return np.frombuffer(raw_bytes(raw), order + name)
 
-# %% ../../nbs/evaluate/63_copies.ipynb #97cc20fb
+# %% ../../nbs/evaluate/63_copies.ipynb #2d5674bd
 def read_truth(
     path,  # gnd_roxford5k.pkl or gnd_rparis6k.pkl
 ) -> dict:
@@ -578,7 +578,7 @@ def read_truth(
     path = Path(path)
     if path.stat().st_size > 1 << 26: raise ValueError(f"{path.name} has more than 64 MiB")
     try:
-        with open(path, "rb") as file: said = _read_pickle(file)
+        with open(path, "rb") as file: said = read_pickle(file)
     except ValueError as error: raise ValueError(f"{path.name}: {error}") from None
     if bad := sorted(name for name in said.names if not ARRAY_NAMES.match(name)):
         raise ValueError(f"{path.name} asks to call {bad[0][:100]}, which no list of pictures needs: loaded with pickle, it would run a program. Nothing was run")
@@ -643,7 +643,7 @@ def score_queries(
     scored = lambda plain: np.array([query_precision(at, len(w.positives), plain) if len(w.positives) else np.nan for at, w in zip(found, wanted)])
     return Scores(scored(False), scored(True), np.array([[precision_at(at, k) for k in (1, 5, 10)] for at in found]), ranks[:, :7].clone())
 
-# %% ../../nbs/evaluate/63_copies.ipynb #fb4edc14
+# %% ../../nbs/evaluate/63_copies.ipynb #6e9cbfd2
 def grouped_mean(
     values,    # [Q]; NaN: left out
     groups,    # [Q] texts
@@ -664,10 +664,15 @@ def chance_precision(
     n: int,           # images in the database
     seed: int = 0,
     draws: int = 20,  # orders per query
+    depth: int = 0,   # ranks looked at; 0: all
 ) -> float:
     "Return the mAP of random orders of the database."
     rng = stateless_rng(seed, 63)
-    draw = lambda w: query_precision(np.sort(rng.choice(n - len(w.junk), len(w.positives), replace=False)), len(w.positives))
+    def draw(w):
+        at = rng.choice(n, len(w.positives) + len(w.junk), replace=False)           # ranks of the positives, then of the junk
+        right, junk = at[:len(w.positives)], at[len(w.positives):]
+        right = np.sort(right[right < (depth or n)])
+        return query_precision(right - np.searchsorted(np.sort(junk), right), len(w.positives))
     return float(np.mean([draw(w) for w in wanted for _ in range(draws) if len(w.positives)]))
 
 # %% ../../nbs/evaluate/63_copies.ipynb #816f3f51
@@ -706,7 +711,7 @@ def config_recipe(
     check_recipe(recipe := Recipe(config.tap, config.pooling, config.levels, config.power, config.image_size, scales))
     return recipe
 
-# %% ../../nbs/evaluate/63_copies.ipynb #8842e067
+# %% ../../nbs/evaluate/63_copies.ipynb #8f31cd75
 def read_data(
     config: CopiesConfig,
 ) -> Retrieval:
@@ -725,7 +730,9 @@ def open_copies(
     "Open the data of a configuration, with the wanted splits only. Raises `ValueError` for splits that are not there, `FileNotFoundError` that says where to get a data set."
     names = config.splits.split()
     data = read_data(config)
-    if missing := [name for name in names if name not in data.splits]: raise ValueError(f"{config.task} has no split {missing[0]!r}{did_you_mean(missing[0], data.splits)}; splits: {', '.join(data.splits)}")
+    there = ATTACKS if is_toy(config.task) else data.splits                            # of the toy set, only what is wanted is made
+    if missing := [name for name in names if name not in there]: raise ValueError(f"{config.task} has no split {missing[0]!r}{did_you_mean(missing[0], there)}; splits: {', '.join(there)}")
+    if not is_toy(config.task) and data.headline not in there: raise ValueError(f"{config.task} has no queries of {data.headline!r}, whose mAP is its result: put them into {task_folder(task_row(config.task), config.root)}")
     splits = {name: wanted for name, wanted in data.splits.items() if not names or name in names}
     if data.headline not in splits: raise ValueError(f"the result of {config.task} is the mAP of {data.headline!r}: name it among the splits")
     for name, wanted in splits.items():
@@ -756,7 +763,7 @@ def copies_settings(
     if not config.whitening: data = data._replace(training=())
     return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training), "data": copies_data(data), "weights": weights}
 
-# %% ../../nbs/evaluate/63_copies.ipynb #540c9047
+# %% ../../nbs/evaluate/63_copies.ipynb #b68295ab
 def score_copies(
     model: nn.Module,
     data: Retrieval,
@@ -779,7 +786,7 @@ def score_copies(
     head = splits[data.headline]
     result = make_record(config.task, config, "copies", settings or copies_settings(config, data, weights_hash(model)), (head["mAP"], head["low"], head["high"]), head["n"],
                          time.perf_counter() - start, splits=splits, dimensions=queries.shape[1])
-    return dataclasses.replace(result, chance=chance_precision(data.splits[data.headline], len(data.database), config.seed)), best
+    return dataclasses.replace(result, chance=chance_precision(data.splits[data.headline], len(data.database), config.seed, depth=config.depth)), best
 
 # %% ../../nbs/evaluate/63_copies.ipynb #c4de1c9b
 def run_copies(
