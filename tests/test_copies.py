@@ -1,9 +1,11 @@
 "Copy detection against independent R-MAC, torch's power mean, scikit-learn's PCA and average precision, faiss, and hand-computed cases."
 import dataclasses
 import itertools
+import json
 import math
 import os
 import pickle
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -186,6 +188,8 @@ def test_chance_is_what_random_orders_get():
     wanted, rng = [Wanted(0, [1, 2], junk=[5])] * 40, np.random.default_rng(0)
     orders = [copies.mean_average_precision([rng.permutation(12)], [[1, 2]], [[5]]) for _ in range(3000)]
     assert copies.chance_precision(wanted, 12) == pytest.approx(np.mean(orders), abs=0.03)
+    cut = [copies.query_precision(copies.places(rng.permutation(12)[:4], [1, 2], [5]), 2) for _ in range(3000)]
+    assert copies.chance_precision(wanted, 12, depth=4) == pytest.approx(np.mean(cut), abs=0.03)
 
 
 def test_groups_are_resampled_together():
@@ -193,6 +197,10 @@ def test_groups_are_resampled_together():
     value, low, high = copies.grouped_mean(np.append(values, np.nan), np.append(groups, "g"))
     _, alone_low, alone_high = copies.grouped_mean(values, np.arange(120))
     assert value == 0.5 and high - low > 2 * (alone_high - alone_low)
+    value, low, high = copies.grouped_mean([1, 0, 1, 1], ["a", "a", "b", "a"])
+    assert value == 0.75 and low < high
+    value, low, high = copies.grouped_mean([1, 0, math.nan], ["a", "a", "b"])      # one building says nothing about others
+    assert value == 0.5 and math.isnan(low) and math.isnan(high)
 
 
 # ── search ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,6 +223,28 @@ def test_search_is_a_sort_and_scores_do_not_need_all_of_it():
     wanted = [Wanted(i, [int(copies.search(queries[i:i + 1], database)[0, i])]) for i in range(20)]      # the right one of query i has place i
     whole, cut = (copies.score_queries(queries, database, wanted, depth=depth).precision for depth in (0, 10))
     assert np.array_equal(whole[:10], cut[:10]) and (cut[10:] == 0).all() and (whole[10:] > 0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_equals_have_one_order(backend):
+    "Every image is there three times; equals come in the order of the database, late ones after the others, also where the depth cuts through them."
+    if backend == "faiss": pytest.importorskip("faiss")
+    queries, database = unit(20, 16, 0), unit(100, 16, 1).repeat(3, 1)
+    first = (queries @ database[:100].T).argsort(dim=1, descending=True)
+    expected = (first[:, :, None] + 100 * torch.arange(3)).flatten(1)
+    for depth in (1, 2, 7, 299, 300): assert torch.equal(copies.search(queries, database, depth, backend), expected[:, :depth])
+    late = torch.stack([first + 100, first + 200, first], 2).flatten(1)
+    for depth in (2, 7, 300): assert torch.equal(copies.search(queries, database, depth, backend, last=[range(100)] * 20), late[:, :depth])
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+@pytest.mark.parametrize("depth", [0, 5])
+def test_a_constant_model_finds_nothing(backend, depth):
+    if backend == "faiss": pytest.importorskip("faiss")
+    same, wanted = F.normalize(torch.ones(30, 16)), [Wanted(i, [i, i + 1]) for i in range(8)]
+    found = copies.score_queries(same[:8], same, wanted, depth=depth, backend=backend)
+    assert found.plain.tolist() == [0 if depth else (1 / 29 + 2 / 30) / 2] * 8 and not found.first[:, 0].any()
+    assert found.top[0].tolist() == [2, 3, 4, 5, 6, 7, 8][:depth or 7]
 
 
 def test_a_missing_faiss_says_how_to_get_it(monkeypatch):
@@ -428,18 +458,27 @@ def test_lists_that_mean_nothing_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="gnd_roxford5k.pkl is not a ground truth of revisitop"): copies.read_truth(path)
 
 
+@pytest.mark.parametrize("easy, hard, junk", [([0, 0], [], []), ([0], [0], []), ([1], [], [2, 1]), ([], [2], [2])])
+def test_an_image_stands_in_one_list(tmp_path, easy, hard, junk):
+    path = tmp_path / "gnd_roxford5k.pkl"
+    path.write_bytes(pickle.dumps({"imlist": list("abc"), "qimlist": ["q"], "gnd": [{"bbx": [0, 0, 1, 1], "easy": easy, "hard": hard, "junk": junk}]}))
+    with pytest.raises(ValueError, match=r"names image \d twice"): copies.read_truth(path)
+
+
 def test_small_files_do_not_become_large(tmp_path):
-    "An array of a trillion bytes that are not there; one list of 200,000 entries named 2,000 times."
+    "An array of a trillion bytes that are not there; one list of 200,000 entries, or one long name, that stands there 2,000 times."
     path, row = tmp_path / "gnd_roxford5k.pkl", {"bbx": [0, 0, 1, 1], "easy": np.array([0]), "hard": [], "junk": []}
     text = pickle.dumps({"imlist": ["a"], "qimlist": ["q"], "gnd": [row]}, protocol=3)
     raw = pickle.dumps(np.array([0]).tobytes(), protocol=3)[2:-3]
     assert text.count(raw) == 1
     path.write_bytes(text.replace(raw, pickle.dumps(2**40, protocol=3)[2:-1]))
     with pytest.raises(ValueError, match="an array without bytes"): copies.read_truth(path)
-    many = row | {"easy": [0] * 200_000}
-    path.write_bytes(pickle.dumps({"imlist": ["a"], "qimlist": ["q"] * 2000, "gnd": [many] * 2000}))
-    assert path.stat().st_size < 1_000_000
+    many = row | {"easy": list(range(200_000))}
+    path.write_bytes(pickle.dumps({"imlist": ["a"] * 200_000, "qimlist": ["q"] * 2000, "gnd": [many] * 2000}))
+    assert path.stat().st_size < 2_000_000
     with pytest.raises(ValueError, match="millions of entries"): copies.read_truth(path)
+    path.write_bytes(pickle.dumps({"imlist": ["a/" * 2**21] * 2000, "qimlist": ["q"], "gnd": [row]}))
+    with pytest.raises(ValueError, match="imlist holds other things than names"): copies.read_truth(path)
 
 
 def test_cut_and_foreign_files_are_refused(tmp_path):
@@ -457,7 +496,7 @@ def test_a_run_on_copydays(tree, tmp_path):
     splits = result.details["splits"]
     assert splits["original"]["mAP"] == 1 and splits["jpegqual_30"]["mAP"] > splits["strong"]["mAP"] == result.value > result.chance
     assert result.n == 12 and result.ci_low <= result.value <= result.ci_high and result.paper == pytest.approx(0.906) and "README" in result.paper_source
-    assert splits["strong"]["plain"] >= splits["strong"]["mAP"] and set(splits["strong"]) == {"mAP", "low", "high", "n", "plain", "mP@1", "mP@5", "mP@10"}
+    assert splits["strong"]["plain"] >= splits["strong"]["mAP"] and set(splits["strong"]) == {"mAP", "low", "high", "n", "without", "plain", "mP@1", "mP@5", "mP@10"}
     assert copies.run_copies(config) == result and read_results(tmp_path / "run/results.jsonl") == [result]
     only = copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / "only"), splits="strong", distractors=False))
     assert list(only.details["splits"]) == ["strong"] and only.settings["database"] == 6 and only.value >= result.value - 0.3
@@ -465,6 +504,27 @@ def test_a_run_on_copydays(tree, tmp_path):
     again = copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / "only"), splits="strong", distractors=False, extract_batch=5))
     assert again.value == pytest.approx(only.value, abs=1e-6)
     assert np.load(tmp_path / "only/neighbours.npy").shape == (12, 6) and np.load(tmp_path / "only/precision.npy").mean() == pytest.approx(only.value)
+
+
+def test_other_data_are_another_result(tree, tmp_path):
+    "A pixel, a name, a picture for whitening or a line of the truth may change below the same root; how fast it is computed may, too."
+    shutil.copytree(tree, tmp_path / "data")
+    at = tmp_path / "data/copydays"
+    config = CopiesConfig(run_dir=str(tmp_path / "run"), task="copydays", root=str(tmp_path / "data"), image_size=64, whitening=16, tap="res3", splits="strong")
+    results = [copies.run_copies(config)]
+    assert copies.run_copies(dataclasses.replace(config, extract_batch=4, device="cpu")) == results[0]
+    save(at / "queries/crops_50_200000.jpg", photo(99))                        # the first query's file
+    results.append(copies.run_copies(dataclasses.replace(config, extract_batch=4)))
+    (at / "database_and_distractors/distractor_200003.jpg").rename(at / "database_and_distractors/distractor_300003.jpg")
+    results.append(copies.run_copies(config))
+    save(at / "train/0.jpg", photo(98))
+    results.append(copies.run_copies(config))
+    assert read_results(tmp_path / "run/results.jsonl") == results and len({json.dumps(r.settings) for r in results}) == 4
+    assert copies.run_copies(config) == results[-1]
+    city = copies.read_revisited(tree / "roxford5k", "roxford5k")
+    other = city._replace(splits={name: [w._replace(junk=[]) for w in split] for name, split in city.splits.items()})
+    boxed = city._replace(queries=copies.Chosen(city.queries.images, range(3), [[0, 0, 50, 50]] * 3))
+    assert len({tuple(copies.copies_data(data)) for data in (city, other, boxed)}) == 3
 
 
 @pytest.mark.parametrize("task", ["roxford5k", "rparis6k"])
@@ -485,6 +545,29 @@ def test_a_run_refuses_before_it_writes(tree, tmp_path, change, message):
     config = make_config(CopiesConfig, {"run_dir": str(tmp_path / "run"), "task": "copydays", "splits": "strong", "root": str(tree), **change})
     with pytest.raises((ValueError, FileNotFoundError), match=message): copies.run_copies(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_missing_splits_are_said_as_they_are(tree, tmp_path):
+    with pytest.raises(ValueError, match="no split 'crops_5'.*crops_10.*original"): copies.open_copies(CopiesConfig(splits="strong crops_5"))
+    with pytest.raises(ValueError, match="name it among the splits"): copies.open_copies(CopiesConfig(splits="crops_10"))
+    (tmp_path / "copydays").mkdir()
+    (tmp_path / "copydays/database").symlink_to(tree / "copydays/database")
+    save(tmp_path / "copydays/queries/crops_50_200000.jpg", photo(0))
+    with pytest.raises(ValueError, match="copydays has no queries of 'strong'"): copies.open_copies(CopiesConfig(task="copydays", root=str(tmp_path), distractors=False))
+
+
+def test_a_city_without_hard_views(tree, tmp_path):
+    shutil.copytree(tree / "roxford5k", tmp_path / "roxford5k")
+    path = tmp_path / "roxford5k/gnd_roxford5k.pkl"
+    truth = pickle.loads(path.read_bytes())
+    for row in truth["gnd"]: row["hard"] = []
+    truth["gnd"][0]["easy"] = []
+    path.write_bytes(pickle.dumps(truth))
+    config = CopiesConfig(run_dir=str(tmp_path / "run"), task="roxford5k", root=str(tmp_path), image_size=96, tap="res3")
+    with pytest.raises(ValueError, match="no query of the split 'hard' has a right image"): copies.run_copies(config)
+    assert not (tmp_path / "run").exists()
+    split = copies.run_copies(dataclasses.replace(config, splits="medium easy")).details["splits"]["easy"]
+    assert (split["n"], split["without"]) == (2, 1)
 
 
 def test_whitening_needs_pictures(tree, tmp_path):

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['CROPS', 'QUALITIES', 'ATTACKS', 'POOLINGS', 'ARRAY_NAMES', 'OTHER_CITY', 'crop', 'recompress', 'tilt', 'scribble',
            'fade', 'strong', 'attack', 'Wanted', 'Retrieval', 'region', 'toy_copies', 'gem', 'rmac_regions',
-           'region_vectors', 'add_up', 'rmac', 'PCAWhitening', 'search', 'places', 'query_precision',
+           'region_vectors', 'add_up', 'rmac', 'PCAWhitening', 'nearest', 'search', 'places', 'query_precision',
            'mean_average_precision', 'precision_at', 'Recipe', 'check_recipe', 'view', 'Chosen', 'pool', 'check_maps',
            'region_batches', 'fit_whitening', 'sum_up', 'describe', 'read_number', 'read_split', 'read_copydays',
            'raw_bytes', 'numbers_of', 'read_truth', 'read_revisited', 'Scores', 'score_queries', 'grouped_mean',
-           'chance_precision', 'CopiesConfig', 'config_recipe', 'read_data', 'open_copies', 'copies_settings',
-           'score_copies', 'run_copies']
+           'chance_precision', 'CopiesConfig', 'config_recipe', 'read_data', 'open_copies', 'copies_data',
+           'copies_settings', 'score_copies', 'run_copies']
 
-# %% ../../nbs/evaluate/63_copies.ipynb #20ed8e83
+# %% ../../nbs/evaluate/63_copies.ipynb #bcb45298
 import dataclasses
+import hashlib
 import io
+import json
 import math
 import re
 import time
@@ -28,12 +30,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ..containers import _Object, _read_pickle
+from ..containers import PickledObject, read_pickle
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
 from ..images import BadImage, ImageFiles, decode_image, open_images
 from ..toyworld import pictures
 from ..weights import Preprocess
-from .features import eval_mode, image_name, read_tap, tap_features, tapped_module
+from .features import data_fingerprint, eval_mode, image_name, read_tap, tap_features, tapped_module
 from .knn import nearest_neighbours
 from .linear import check_config, make_record
 from .metrics import bootstrap_interval
@@ -272,27 +274,47 @@ class PCAWhitening:
         "Whiten vectors, `[..., n]`."
         return (vectors - self.mean) @ self.matrix.T
 
-# %% ../../nbs/evaluate/63_copies.ipynb #1c216d48
+# %% ../../nbs/evaluate/63_copies.ipynb #381f60cb
+def nearest(
+    queries,       # [Q, D] of length 1
+    database,      # [N, D] of length 1
+    k: int,        # 1..N
+    backend: str,  # torch or faiss
+) -> tuple:
+    "Return the k highest similarities of each query, float32 `[Q, k]`, to six decimals, and the images they belong to; equals are in any order."
+    if backend == "torch": values, index = (x.cpu().numpy() for x in nearest_neighbours(database, queries, k, normalize=False))
+    else:
+        faiss = needed("faiss", "peers")
+        queries, database = (np.ascontiguousarray(torch.as_tensor(x).cpu().numpy(), np.float32) for x in (queries, database))
+        if not (np.isfinite(queries).all() and np.isfinite(database).all()): raise ValueError("some features are not finite")
+        flat = faiss.IndexFlatIP(database.shape[1])
+        flat.add(database)
+        values, index = flat.search(queries, k)
+    return values.round(6), index
+
+
 def search(
     queries,                 # [Q, D] of length 1
     database,                # [N, D] of length 1
     depth: int = 0,          # ranks wanted; 0: all N
     backend: str = "torch",  # or faiss
+    last=None,               # for each query, images that come after others equally near; None: none
 ) -> torch.Tensor:
-    """Return the numbers of the nearest images in the database for each query, `[Q, depth]`, nearest first; exact.
+    """Return the numbers of the nearest images in the database for each query, `[Q, depth]`, nearest first; exact, equals in the order of the database.
 
     Raises `ValueError` for a depth or a backend that does not exist, and for vectors that are not finite.
     """
     if backend not in ("torch", "faiss"): raise ValueError(f"no backend {backend!r}: torch or faiss")
     if not 0 <= depth <= len(database): raise ValueError(f"depth {depth} in a database of {len(database)} images")
     depth = depth or len(database)
-    if backend == "torch": return nearest_neighbours(database, queries, depth, normalize=False)[1].cpu()
-    faiss = needed("faiss", "peers")
-    queries, database = (np.ascontiguousarray(torch.as_tensor(x).cpu().numpy(), np.float32) for x in (queries, database))
-    if not (np.isfinite(queries).all() and np.isfinite(database).all()): raise ValueError("some features are not finite")
-    index = faiss.IndexFlatIP(database.shape[1])
-    index.add(database)
-    return torch.from_numpy(index.search(queries, depth)[1])
+    k = min(depth + 1, len(database))
+    while True:                                                                      # until all that equal the last one wanted are there
+        values, index = nearest(queries, database, k, backend)
+        if k == len(database) or (values[:, -1] < values[:, depth - 1]).all(): break
+        k = min(2 * k, len(database))
+    late = np.zeros(index.shape, bool) if last is None else np.stack([np.isin(row, np.asarray(few, np.int64)) for row, few in zip(index, last, strict=True)])
+    order = np.lexsort((index, late, -values))[:, :depth]                            # by similarity, then late ones last, then by number
+    return torch.from_numpy(np.take_along_axis(index, order, 1))
 
 # %% ../../nbs/evaluate/63_copies.ipynb #80a898c9
 def places(
@@ -518,23 +540,23 @@ def read_copydays(
         splits[read_split(name)].append(Wanted(i, originals[block], group=str(block)))
     return Retrieval(queries, database, training, {name: wanted for name, wanted in splits.items() if wanted}, "strong")
 
-# %% ../../nbs/evaluate/63_copies.ipynb #40b701c6
+# %% ../../nbs/evaluate/63_copies.ipynb #76a62848
 ARRAY_NAMES = re.compile(r"(numpy\.(core|_core)\.(multiarray|numeric)\.(_reconstruct|scalar|_frombuffer)|numpy\.(ndarray|dtype)|_codecs\.encode|(__builtin__|builtins)\.bytes)$")
 
 
 def raw_bytes(value) -> bytes:
     "Return the bytes of an array, as protocols of pickle write them."
-    if isinstance(value, _Object): value = value.args[0] if value.args else ""
+    if isinstance(value, PickledObject): value = value.args[0] if value.args else ""
     if not isinstance(value, (str, bytes, bytearray)): raise ValueError("an array without bytes")
     return value.encode("latin1") if isinstance(value, str) else bytes(value)
 
 
 def numbers_of(
-    value,  # from _read_pickle: a list of numbers, or the description of an array
+    value,  # from read_pickle: a list of numbers, or the description of an array
 ) -> np.ndarray:
     "Return a flat list of numbers. Raises `ValueError` for anything else."
-    if not isinstance(value, _Object):
-        value = [numbers_of(x)[0] if isinstance(x, _Object) else x for x in value]
+    if not isinstance(value, PickledObject):
+        value = [numbers_of(x)[0] if isinstance(x, PickledObject) else x for x in value]
         if any(type(x) not in (int, float) and not isinstance(x, np.number) for x in value): raise ValueError("a list holds other things than numbers")
         return np.array(value)
     if value.call.endswith(".scalar"): kind, raw = value.args
@@ -545,7 +567,7 @@ def numbers_of(
     if not re.fullmatch(r"[iuf][1248]", name) or order not in tuple("<>=|"): raise ValueError(f"numbers of the type {name!r}")
     return np.frombuffer(raw_bytes(raw), order + name)
 
-# %% ../../nbs/evaluate/63_copies.ipynb #96b43e9f
+# %% ../../nbs/evaluate/63_copies.ipynb #2d5674bd
 def read_truth(
     path,  # gnd_roxford5k.pkl or gnd_rparis6k.pkl
 ) -> dict:
@@ -556,11 +578,13 @@ def read_truth(
     path = Path(path)
     if path.stat().st_size > 1 << 26: raise ValueError(f"{path.name} has more than 64 MiB")
     try:
-        with open(path, "rb") as file: said = _read_pickle(file)
+        with open(path, "rb") as file: said = read_pickle(file)
     except ValueError as error: raise ValueError(f"{path.name}: {error}") from None
     if bad := sorted(name for name in said.names if not ARRAY_NAMES.match(name)):
         raise ValueError(f"{path.name} asks to call {bad[0][:100]}, which no list of pictures needs: loaded with pickle, it would run a program. Nothing was run")
     try:
+        for name in ("imlist", "qimlist"):
+            if any(type(x) is not str or len(x) > 255 for x in said.value[name]): raise ValueError(f"{name} holds other things than names")
         n, truth = len(said.value["imlist"]), {name: below(said.value[name]) for name in ("imlist", "qimlist")}
         truth["gnd"], entries = [], 0
         for row in said.value["gnd"]:
@@ -569,6 +593,8 @@ def read_truth(
             for key in ("easy", "hard", "junk"):
                 if not ((row[key] == np.floor(row[key])) & (row[key] >= 0) & (row[key] < n)).all(): raise ValueError(f"{key} names others than the {n} images there are")
                 row[key] = row[key].astype(np.int64)
+            numbers, times = np.unique(np.concatenate([row[key] for key in ("easy", "hard", "junk")]), return_counts=True)
+            if (times > 1).any(): raise ValueError(f"a query names image {numbers[times.argmax()]} twice in easy, hard and junk")
             if row["bbx"].shape != (4,) or not np.isfinite(row["bbx"]).all(): raise ValueError("a box has not four numbers")
         if len(truth["gnd"]) != len(truth["qimlist"]): raise ValueError(f"{len(truth['gnd'])} lists for {len(truth['qimlist'])} queries")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
@@ -594,7 +620,7 @@ def read_revisited(
     queries = Chosen(files(truth["qimlist"]), range(len(rows)), [row["bbx"] for row in rows])
     return Retrieval(queries, files(truth["imlist"]), open_images(other) if other.is_dir() else (), splits, "medium")
 
-# %% ../../nbs/evaluate/63_copies.ipynb #f257a25b
+# %% ../../nbs/evaluate/63_copies.ipynb #dd9c2344
 class Scores(NamedTuple):
     "How well the queries of a split were answered."
     precision: np.ndarray  # [Q] average precision, NaN without a right image
@@ -611,24 +637,25 @@ def score_queries(
     depth: int = 0,           # ranks looked at; 0: all
     backend: str = "torch",   # of search
 ) -> Scores:
-    "Rank the database for each query and score the rankings."
-    ranks = search(queries, database, depth, backend)
+    "Rank the database for each query, right images last among equals, and score the rankings."
+    ranks = search(queries, database, depth, backend, [w.positives for w in wanted])
     found = [places(r, w.positives, w.junk) for r, w in zip(ranks.numpy(), wanted)]
     scored = lambda plain: np.array([query_precision(at, len(w.positives), plain) if len(w.positives) else np.nan for at, w in zip(found, wanted)])
     return Scores(scored(False), scored(True), np.array([[precision_at(at, k) for k in (1, 5, 10)] for at in found]), ranks[:, :7].clone())
 
-# %% ../../nbs/evaluate/63_copies.ipynb #b8224295
+# %% ../../nbs/evaluate/63_copies.ipynb #6e9cbfd2
 def grouped_mean(
     values,    # [Q]; NaN: left out
     groups,    # [Q] texts
     seed: int = 0,
 ) -> tuple:
-    "Return the mean and the ends of its bootstrap interval, whole groups resampled together."
+    "Return the mean and the ends of its bootstrap interval, whole groups resampled together; of one group nothing is known about others: the ends are NaN."
     values, which = np.asarray(values), np.unique(groups, return_inverse=True)[1]
     known = ~np.isnan(values)
     if not known.any(): raise ValueError("no query has a right image")
     total, count = np.bincount(which[known], values[known]), np.bincount(which[known])
     total, count = total[count > 0], count[count > 0]
+    if len(total) == 1: return float(total[0] / count[0]), math.nan, math.nan
     return float(total.sum() / count.sum()), *bootstrap_interval(lambda t, c: t.sum() / c.sum(), total, count, seed=seed)
 
 
@@ -637,10 +664,15 @@ def chance_precision(
     n: int,           # images in the database
     seed: int = 0,
     draws: int = 20,  # orders per query
+    depth: int = 0,   # ranks looked at; 0: all
 ) -> float:
     "Return the mAP of random orders of the database."
     rng = stateless_rng(seed, 63)
-    draw = lambda w: query_precision(np.sort(rng.choice(n - len(w.junk), len(w.positives), replace=False)), len(w.positives))
+    def draw(w):
+        at = rng.choice(n, len(w.positives) + len(w.junk), replace=False)           # ranks of the positives, then of the junk
+        right, junk = at[:len(w.positives)], at[len(w.positives):]
+        right = np.sort(right[right < (depth or n)])
+        return query_precision(right - np.searchsorted(np.sort(junk), right), len(w.positives))
     return float(np.mean([draw(w) for w in wanted for _ in range(draws) if len(w.positives)]))
 
 # %% ../../nbs/evaluate/63_copies.ipynb #816f3f51
@@ -679,7 +711,7 @@ def config_recipe(
     check_recipe(recipe := Recipe(config.tap, config.pooling, config.levels, config.power, config.image_size, scales))
     return recipe
 
-# %% ../../nbs/evaluate/63_copies.ipynb #2ab7875a
+# %% ../../nbs/evaluate/63_copies.ipynb #8f31cd75
 def read_data(
     config: CopiesConfig,
 ) -> Retrieval:
@@ -698,12 +730,27 @@ def open_copies(
     "Open the data of a configuration, with the wanted splits only. Raises `ValueError` for splits that are not there, `FileNotFoundError` that says where to get a data set."
     names = config.splits.split()
     data = read_data(config)
-    if missing := [name for name in names if name not in data.splits]: raise ValueError(f"{config.task} has no split {missing[0]!r}{did_you_mean(missing[0], data.splits)}; splits: {', '.join(data.splits)}")
+    there = ATTACKS if is_toy(config.task) else data.splits                            # of the toy set, only what is wanted is made
+    if missing := [name for name in names if name not in there]: raise ValueError(f"{config.task} has no split {missing[0]!r}{did_you_mean(missing[0], there)}; splits: {', '.join(there)}")
+    if not is_toy(config.task) and data.headline not in there: raise ValueError(f"{config.task} has no queries of {data.headline!r}, whose mAP is its result: put them into {task_folder(task_row(config.task), config.root)}")
     splits = {name: wanted for name, wanted in data.splits.items() if not names or name in names}
     if data.headline not in splits: raise ValueError(f"the result of {config.task} is the mAP of {data.headline!r}: name it among the splits")
+    for name, wanted in splits.items():
+        if not any(len(w.positives) for w in wanted): raise ValueError(f"no query of the split {name!r} has a right image: name other splits")
     data = data._replace(splits=splits, training=open_images(config.whitening_images) if config.whitening_images else data.training)
     if config.whitening and not len(data.training): raise ValueError("whitening needs other images: give whitening_images, or whitening=0")
     return data
+
+
+def copies_data(
+    data: Retrieval,
+) -> list:
+    "Return fingerprints of the queries, the database, the training images, and of what should be found, with the boxes of the queries."
+    wanted = {name: [(w.query, *([int(i) for i in few] for few in (w.positives, w.junk)), w.group) for w in split] for name, split in data.splits.items()}
+    boxes = [[float(x) for x in box] for box in getattr(data.queries, "boxes", None) or ()]
+    said = hashlib.sha256(json.dumps([wanted, boxes]).encode()).hexdigest()[:12]
+    try: return [data_fingerprint(images) if len(images) else "" for images in (data.queries, data.database, data.training)] + [said]
+    except (BadImage, OSError) as error: raise ValueError(f"an image cannot be read: {error}") from error
 
 
 def copies_settings(
@@ -713,9 +760,10 @@ def copies_settings(
 ) -> dict:
     "Return what decides the number."
     names = ("image_size", "tap", "pooling", "levels", "power", "scales", "whitening", "whitening_images", "splits", "distractors", "depth")
-    return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training) if config.whitening else 0, "weights": weights}
+    if not config.whitening: data = data._replace(training=())
+    return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training), "data": copies_data(data), "weights": weights}
 
-# %% ../../nbs/evaluate/63_copies.ipynb #d2992f69
+# %% ../../nbs/evaluate/63_copies.ipynb #b68295ab
 def score_copies(
     model: nn.Module,
     data: Retrieval,
@@ -732,21 +780,21 @@ def score_copies(
         scores = score_queries(queries[[row_of[w.query] for w in wanted]], database, wanted, depth=config.depth, backend=config.backend)
         value, low, high = grouped_mean(scores.precision, [w.group for w in wanted], config.seed)
         known = ~np.isnan(scores.precision)
-        splits[name] = {"mAP": value, "low": low, "high": high, "n": int(known.sum()), "plain": float(scores.plain[known].mean()),
+        splits[name] = {"mAP": value, "low": low, "high": high, "n": int(known.sum()), "without": int((~known).sum()), "plain": float(scores.plain[known].mean()),
                         **{f"mP@{k}": float(at) for k, at in zip((1, 5, 10), scores.first[known].mean(0))}}
         if name == data.headline: best = scores
     head = splits[data.headline]
     result = make_record(config.task, config, "copies", settings or copies_settings(config, data, weights_hash(model)), (head["mAP"], head["low"], head["high"]), head["n"],
                          time.perf_counter() - start, splits=splits, dimensions=queries.shape[1])
-    return dataclasses.replace(result, chance=chance_precision(data.splits[data.headline], len(data.database), config.seed)), best
+    return dataclasses.replace(result, chance=chance_precision(data.splits[data.headline], len(data.database), config.seed, depth=config.depth)), best
 
-# %% ../../nbs/evaluate/63_copies.ipynb #375e9b4e
+# %% ../../nbs/evaluate/63_copies.ipynb #c4de1c9b
 def run_copies(
     config: CopiesConfig,
 ) -> Result:
     """Search for copies in a run folder: `results.jsonl` gets one line, `neighbours.npy` the seven nearest images of each headline query, `precision.npy` its average precision.
 
-    A result that is already there for the same settings and weights is returned. Raises `ValueError` before anything is written for a task, split, model, recipe, backend or
+    A result that is already there for the same settings, data and weights is returned. Raises `ValueError` before anything is written for a task, split, model, recipe, backend or
     published model that does not exist, and `FileNotFoundError` for data that are not there.
     """
     check_config(config, "copies")
@@ -760,7 +808,7 @@ def run_copies(
     run = RunDir(config.run_dir, "copies")
     done = find_result(run.results, task=config.task, model=config.model, protocol="copies", settings=settings, seed=config.seed)
     if done: return done
-    run.begin(config, may_change=("extract_batch", "device"))
+    run.begin(config, may_change=("extract_batch", "device", "backend"))
     result, scores = score_copies(model, data, config, settings)
     for name, array in {"neighbours": scores.top.numpy(), "precision": scores.precision}.items():
         np.save(buffer := io.BytesIO(), array)
