@@ -147,9 +147,43 @@ def test_one_class_cannot_be_scored(tmp_path):
     folder = challenge(tmp_path)
     rows = [row for row in (folder / "dev_seen.jsonl").read_text().splitlines() if json.loads(row)["label"] == 0]
     (folder / "dev_seen.jsonl").write_text("\n".join(rows))
-    with pytest.raises(ValueError, match="test memes of one class"): memes.run_memes(MemesConfig(run_dir=str(tmp_path / "run"), task="hateful_memes", root=str(tmp_path), image_size=16))
+    with pytest.raises(ValueError, match="20 and 0 test memes|10 and 0 test memes"): memes.run_memes(MemesConfig(run_dir=str(tmp_path / "run"), task="hateful_memes", root=str(tmp_path), image_size=16))
     assert not (tmp_path / "run").exists()
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="(?s)train.jsonl.*where to get it.*licence"): memes.open_memes("hateful_memes", tmp_path, "train")
+
+
+def test_changed_memes_are_another_result(tmp_path):
+    "Other pixels, labels or texts under the same names: the old result is not returned."
+    folder = challenge(tmp_path)
+    config = MemesConfig(run_dir=str(tmp_path / "run"), task="hateful_memes", root=str(tmp_path), image_size=16, l2_count=2)
+    found = [memes.run_memes(config)]
+    (folder / "img/05000.png").write_bytes((folder / "img/05001.png").read_bytes())
+    found.append(memes.run_memes(config))
+    listing = folder / "dev_seen.jsonl"
+    listing.write_text(listing.read_text().replace("text 0", "text 1"))
+    found.append(memes.run_memes(config))
+    rows = [json.loads(row) for row in listing.read_text().splitlines()]
+    listing.write_text("".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows))
+    found.append(memes.run_memes(config))
+    assert len({json.dumps(result.settings) for result in found}) == 4 and found[1].value != found[3].value
+    assert found[3].value == pytest.approx(1 - found[1].value) and memes.run_memes(config) == found[3]
+
+
+def test_one_positive_to_train_is_refused_at_once(tmp_path):
+    folder = challenge(tmp_path)
+    rows = [json.loads(row) for row in (folder / "train.jsonl").read_text().splitlines()]
+    (folder / "train.jsonl").write_text("".join(json.dumps({**row, "label": int(i == 0)}) + "\n" for i, row in enumerate(rows)))
+    with pytest.raises(ValueError, match="29 and 1 train memes"): memes.run_memes(MemesConfig(run_dir=str(tmp_path / "run"), task="hateful_memes", root=str(tmp_path), image_size=16))
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_with_other_ends_of_lines_and_a_mark(tmp_path):
+    folder = challenge(tmp_path)
+    rows = [json.loads(row) for row in (folder / "train.jsonl").read_text().splitlines()]
+    rows[3]["text"] = "one\u2028two\x85three"
+    (folder / "train.jsonl").write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8", newline="")
+    found = memes.open_memes("hateful_memes", tmp_path, "train")
+    assert len(found.images) == 30 and found.texts[3] == rows[3]["text"]

@@ -215,3 +215,64 @@ def test_run_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="(?s)translations.csv.*where to get it"):
         words.run_words(WordsConfig(run_dir=str(tmp_path / "run"), task="hashtags", root=str(tmp_path)))
     assert not (tmp_path / "run").exists()
+
+
+def test_other_pixels_under_the_same_names_are_another_result(tmp_path):
+    root = collection(tmp_path / "data/hashtags")
+    config = WordsConfig(run_dir=str(tmp_path / "run"), task="hashtags", root=str(tmp_path / "data"), image_size=16, n_resamples=20, n_permutations=20)
+    first, place = words.run_words(config), root / "ar/حب/0.png"
+    place.write_bytes(place.read_bytes() + b"\0")                                          # the same pixels
+    assert words.run_words(config) == first
+    import cv2
+    for path in root.rglob("*.png"): path.write_bytes(cv2.imencode(".png", 255 - cv2.imread(str(path)) if path.name != "2.png" else cv2.imread(str(path)))[1].tobytes())
+    assert words.run_words(config).settings != first.settings
+
+
+@pytest.mark.parametrize("changed", [{"per_word": 1}, {"min_images": 1}, {"min_images": 0}, {"per_word": -3}])
+def test_an_interval_needs_two_pictures_of_a_word(tmp_path, changed):
+    with pytest.raises(ValueError, match="2 or more"): words.run_words(WordsConfig(run_dir=str(tmp_path / "run"), **changed))
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_with_one_picture_are_left_out_and_too_few_are_said(tmp_path):
+    root = collection(tmp_path / "data/hashtags")
+    for i in range(2): (root / f"he/קיץ/{i}.png").unlink()
+    config = WordsConfig(run_dir=str(tmp_path / "run"), task="hashtags", root=str(tmp_path / "data"), image_size=16, n_resamples=20, n_permutations=20)
+    result = words.run_words(config)
+    assert result.details["left_out"] == {"too few pictures": ["he/קיץ"]} and result.ci_low < result.ci_high
+    with pytest.raises(ValueError, match="15 words 0 have no folder, and 15 have fewer than 9 pictures"): words.run_words(dataclasses.replace(config, min_images=9))
+
+
+def test_long_table_is_read_in_one_pass(tmp_path):
+    "A table as long as a bomb: each word is compared once, not with all others."
+    n = 30_000
+    (tmp_path / "t.csv").write_text("en,fr\n" + "".join(f"e{i},f{i}\n" for i in range(n)))
+    assert len(words.read_table(tmp_path / "t.csv")[1]) == n
+
+
+def test_constant_features_of_unequal_words_find_nothing():
+    "Means over different numbers of equal pictures differ in the last digits; that finds no translation."
+    rng, languages, concepts = np.random.default_rng(1), ["a"] * 20 + ["b"] * 20, list(range(20)) * 2
+    owner = np.repeat(np.arange(40), rng.integers(2, 40, 40))
+    x = np.tile(rng.normal(size=300).astype(np.float32), (len(owner), 1))
+    e = words.mean_embeddings(x, owner, 40)
+    assert words.translation_precision(e, languages, concepts, [1]) == {1: 0.0}
+    assert (words.picture_draws(x, owner, languages, concepts, n_resamples=10) == 0).all()
+
+
+def test_neighbours_of_a_small_language_are_all_there():
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    near = words.nearest_words(x, list("vwxyz"), ["big"] * 4 + ["small"], list("abcda"), k=5)
+    assert [len(row["neighbours"]) for row in near] == [1, 1, 1, 1, 4]
+
+
+@pytest.mark.parametrize("spelled, form", [("İSTANBUL", "istanbul"), ("i̇stanbul", "istanbul"), ("wed\u200bding", "wedding"), ("wed\u00adding", "wedding"), ("# Wedding ", "wedding"), ("Straße", "strasse")])
+def test_one_form_of_all_spellings(spelled, form):
+    assert words.plain(spelled) == form
+
+
+def test_counted_sums_are_those_of_repeated_pictures():
+    rng = np.random.default_rng(0)
+    x, owner, counts = rng.normal(size=(40, 6)), np.repeat(np.arange(8), 5), rng.integers(1, 4, 40)
+    again = words.mean_embeddings(np.repeat(x, counts, 0), np.repeat(owner, counts), 8)
+    torch.testing.assert_close(words.mean_embeddings(x, owner, 8, counts), again)

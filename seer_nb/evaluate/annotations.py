@@ -499,7 +499,7 @@ def read_hateful_memes(
     names = pick(split, train=("train.jsonl",), test=("dev_seen.jsonl", "dev.jsonl"))
     path = next((p for name in names if (p := Path(root) / name).exists()), Path(root) / names[0])
     with reading(path):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]   # a text may hold other ends of lines
         if bad := [row for row in rows if row["label"] not in (0, 1)]: raise ValueError(f"a label is {bad[0]['label']!r}, not 0 or 1")
         return files(root, [row["img"] for row in rows], [row["label"] for row in rows], ("not_hateful", "hateful"))
 

@@ -7,9 +7,10 @@ __all__ = ['SHOWN', 'TRUE_SHARE', 'TOY_SIZES', 'CAPTIONS', 'Memes', 'print_words
            'probe_auc', 'words_in', 'vocabulary', 'bag_of_words', 'meme_texts', 'open_memes', 'write_memes',
            'MemesConfig', 'memes_settings', 'score_memes', 'check_memes', 'run_memes']
 
-# %% ../../nbs/evaluate/66_memes.ipynb #a4f7074c
+# %% ../../nbs/evaluate/66_memes.ipynb #59893dd0
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import re
@@ -23,7 +24,7 @@ import torch
 
 from ..core import RunDir, make_config, stateless_rng, write_atomic
 from .annotations import reading
-from .features import extract_features, read_tap, tapped_module
+from .features import data_fingerprint, extract_features, read_tap, tapped_module
 from .linear import check_config, fit_logistic, make_record, standardize, stratified_split
 from .metrics import measure, roc_auc
 from .tasks import (Result, TaskData, append_result, draw_images, find_result, open_model, open_task, pick_device, subset, task_folder, task_row,
@@ -145,7 +146,7 @@ def bag_of_words(
     for row, text in zip(bag, texts): row[[column[word] for word in words_in(text) if word in column]] = 1
     return bag
 
-# %% ../../nbs/evaluate/66_memes.ipynb #056fd991
+# %% ../../nbs/evaluate/66_memes.ipynb #4246215f
 def meme_texts(
     folder,      # of the data set
     split: str,  # train or test
@@ -154,7 +155,7 @@ def meme_texts(
     names = {"train": ("train.jsonl",), "test": ("dev_seen.jsonl", "dev.jsonl")}[split]
     path = next((p for name in names if (p := Path(folder) / name).exists()), Path(folder) / names[0])
     with reading(path):
-        texts = tuple(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        texts = tuple(json.loads(line)["text"] for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip())   # a text may hold other ends of lines
         if bad := [text for text in texts if not isinstance(text, str)]: raise ValueError(f"a text is {bad[0]!r}")
         return texts
 
@@ -189,7 +190,7 @@ def write_memes(
         lines.append(json.dumps({"id": i, "img": name, "label": int(label), "text": memes.texts[i]}))
     write_atomic(Path(root) / {"train": "train.jsonl", "test": "dev_seen.jsonl"}[split], "\n".join(lines) + "\n")
 
-# %% ../../nbs/evaluate/66_memes.ipynb #1e8931c8
+# %% ../../nbs/evaluate/66_memes.ipynb #1a12f06c
 @dataclasses.dataclass(frozen=True)
 class MemesConfig:
     "Parameters of a probe of memes."
@@ -214,11 +215,14 @@ class MemesConfig:
 
 def memes_settings(
     config: MemesConfig,
+    train: Memes,
+    test: Memes,
     weights: str,  # fingerprint of the model
 ) -> dict:
-    "Return what decides the number."
+    "Return what decides the number, with fingerprints of both splits: pictures and texts."
     names = ("image_size", "train_images", "test_images", "tap", "validation_share", "l2_low", "l2_high", "l2_count")
-    return {name: getattr(config, name) for name in names} | {"weights": weights}
+    data = [part for memes in (train, test) for part in (data_fingerprint(memes.images), hashlib.sha256(json.dumps(memes.texts).encode()).hexdigest()[:12])]
+    return {name: getattr(config, name) for name in names} | {"data": data, "weights": weights}
 
 
 def score_memes(
@@ -242,7 +246,7 @@ def score_memes(
     if test.shown: found["picture_ceiling"] = auc_ceiling(test.shown, y_test)
     return dataclasses.replace(make_record(config.task, config, "memes", settings, measured, len(y_test), seconds, **found), chance=0.5), scores
 
-# %% ../../nbs/evaluate/66_memes.ipynb #45e552b6
+# %% ../../nbs/evaluate/66_memes.ipynb #d7076f16
 def check_memes(
     config: MemesConfig,
 ):
@@ -259,16 +263,17 @@ def run_memes(
 ) -> Result:
     """Probe memes in a run folder: `results.jsonl` gets one line, `scores.npy` the scores of the test memes.
 
-    A result that is already there for the same settings and weights is returned. Raises `ValueError` or `FileNotFoundError` before anything is written for a task, model, tap,
-    published model or data that does not exist.
+    A result that is already there for the same settings, memes and weights is returned. Raises `ValueError` or `FileNotFoundError` before anything is written for a task, model, tap,
+    published model or data that does not exist, and for memes of one class.
     """
     check_memes(config)
     train, test = (open_memes(config.task, config.root, split, n) for split, n in (("train", config.train_images), ("test", config.test_images)))
-    for memes in (train, test):
-        if len(set(memes.images.labels.tolist())) < 2: raise ValueError(f"{config.task} has {memes.images.split} memes of one class only: nothing can be told apart")
+    for memes, least in ((train, 2), (test, 1)):                          # of the training memes one fits, and one validates
+        counts = memes.images.labels.bincount(minlength=2).tolist()
+        if min(counts) < least: raise ValueError(f"{config.task} has {counts[0]} and {counts[1]} {memes.images.split} memes of its two classes: {least} of each are needed, or more")
     model = open_model(config.model, seed=config.seed, device=pick_device(config.device))
     tapped_module(model, read_tap(config.tap)[0])
-    run, settings = RunDir(config.run_dir, "memes"), memes_settings(config, weights_hash(model))
+    run, settings = RunDir(config.run_dir, "memes"), memes_settings(config, train, test, weights_hash(model))
     done = find_result(run.results, task=config.task, model=config.model, protocol="memes", settings=settings, seed=config.seed)
     if done: return done
     run.begin(config, may_change=("extract_batch", "device"))

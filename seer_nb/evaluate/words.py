@@ -10,7 +10,7 @@ __all__ = ['THINGS', 'SYLLABLES', 'INVISIBLE', 'TABLE_LIMIT', 'toy_table', 'coun
            'read_table', 'folders_by_word', 'shared_files', 'words_in_folders', 'draw_some', 'read_hashtags',
            'write_words', 'WordsConfig', 'open_words', 'words_settings', 'score_words', 'check_words', 'run_words']
 
-# %% ../../nbs/evaluate/65_words.ipynb #7d148064
+# %% ../../nbs/evaluate/65_words.ipynb #0048690d
 import csv
 import dataclasses
 import functools
@@ -19,6 +19,7 @@ import io
 import json
 import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 
 from ..core import RunDir, make_config, stateless_rng, write_atomic
 from .annotations import reading
-from .features import extract_features, read_tap, tapped_module
+from .features import data_fingerprint, extract_features, read_tap, tapped_module
 from .metrics import mean_interval
 from .readers import files, image_names, subfolders
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, needed, open_model, pick_device, task_folder, task_row,
@@ -96,7 +97,7 @@ def toy_words(
     name = lambda i: f"{languages[labels[i]]}/{words[labels[i]][2]}/{i % per_word:02}.png"
     return Words(TaskData("toy_words", "test", [word for _, _, word, _ in words], labels, pixels.__getitem__, name), tuple(languages), tuple(thing for _, thing, *_ in words), {})
 
-# %% ../../nbs/evaluate/65_words.ipynb #4c1dd8f8
+# %% ../../nbs/evaluate/65_words.ipynb #d38fc015
 def mean_embeddings(
     features,      # [N, D] array or tensor
     owner,         # [N] number of the word of each picture
@@ -114,10 +115,11 @@ def mean_embeddings(
 
 def directions(votes, owner, n_words, counts):
     "The direction of the sum of each word's votes."
-    if counts is not None: votes = votes * torch.as_tensor(counts).to(votes)[:, None]
-    return F.normalize(votes.new_zeros(n_words, votes.shape[1]).index_add_(0, owner, votes), dim=1)
+    place = torch.stack([owner.cpu(), torch.arange(len(owner))])           # a sparse matrix [W, N] of counts: nothing of the size of `votes` is copied
+    counts = torch.ones(len(owner)) if counts is None else torch.as_tensor(counts).float()
+    return F.normalize(torch.sparse_coo_tensor(place, counts, (n_words, len(owner)), check_invariants=True).to(votes.device) @ votes, dim=1)
 
-# %% ../../nbs/evaluate/65_words.ipynb #17fe9a3b
+# %% ../../nbs/evaluate/65_words.ipynb #4cddae2d
 def numbered(values) -> np.ndarray:
     "Return a number for each value, int64; equal values have equal numbers."
     return np.unique(np.asarray(values), return_inverse=True)[1]
@@ -127,9 +129,9 @@ def translation_ranks(
     embeddings,  # [W, D]
     languages,   # of each word
 ) -> torch.Tensor:
-    "Return the rank of word j among the words of its own language, seen from word i, int64 `[W, W]`: 0 is the nearest, ties count against it. Only i and j of two languages are compared."
+    "Return the rank of word j among the words of its own language, seen from word i, int64 `[W, W]`: 0 is the nearest, ties (to 6 digits) count against it. Only i and j of two languages are compared."
     x, language = F.normalize(torch.as_tensor(embeddings).float(), dim=1), torch.from_numpy(numbered(languages))
-    similarity, ranks = (x @ x.T).cpu(), torch.zeros(len(x), len(x), dtype=torch.int64)
+    similarity, ranks = (x @ x.T).cpu().round(decimals=6), torch.zeros(len(x), len(x), dtype=torch.int64)
     for k in language.unique():
         there = similarity[:, language == k]
         ordered = there.sort(1).values
@@ -292,7 +294,7 @@ def draw_map(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/65_words.ipynb #29b25b7d
+# %% ../../nbs/evaluate/65_words.ipynb #177c24df
 def nearest_words(
     embeddings,    # [W, D]
     words,         # W names
@@ -303,22 +305,22 @@ def nearest_words(
     "Return for each word its nearest words of other languages, most similar first, as dicts {word, language, concept, neighbours: [[word, language, similarity, is it a translation]]}."
     x, language = F.normalize(torch.as_tensor(embeddings).float(), dim=1), torch.from_numpy(numbered(languages))
     similarity = (x @ x.T).cpu().masked_fill(language[:, None] == language, -2)
-    values, index = similarity.topk(min(k, int((language != language[0]).sum()), len(words) - 1))
+    values, index = similarity.topk(min(k, len(words) - 1))
     row = lambda i: [[words[j], languages[j], round(v, 4), concepts[j] == concepts[i]] for v, j in zip(values[i].tolist(), index[i].tolist()) if v > -2]
     return [{"word": words[i], "language": languages[i], "concept": concepts[i], "neighbours": row(i)} for i in range(len(words))]
 
-# %% ../../nbs/evaluate/65_words.ipynb #63d5a1de
-INVISIBLE = "\u200e\u200f\u061c\u2060\ufeff\ufe0e\ufe0f" + "".join(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]))   # marks of direction, variants
+# %% ../../nbs/evaluate/65_words.ipynb #0d057e91
+INVISIBLE = "\u00ad\u200b\u200e\u200f\u061c\u2060\ufeff\ufe0e\ufe0f" + "".join(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]))   # hyphens and spaces of no width, marks of direction, variants
 
 
 def plain(
     word: str,  # of a table, or a folder's name
 ) -> str:
-    "Return the one form of all spellings of a hashtag: without #, invisible marks and case, in Unicode's normal form C. Joiners stay: they make letters and emoji."
-    word = unicodedata.normalize("NFD", word.translate(dict.fromkeys(map(ord, INVISIBLE))).strip()).casefold()
-    return unicodedata.normalize("NFC", word.lstrip("#\uff03"))
+    "Return the one form of all spellings of a hashtag: without #, invisible marks and case, in Unicode's normal form C. Joiners stay: they make letters and emoji. Turkish I and ı stay two."
+    word = unicodedata.normalize("NFD", word.translate(dict.fromkeys(map(ord, INVISIBLE))).strip()).casefold().replace("i\u0307", "i")   # the small letter of İ
+    return unicodedata.normalize("NFC", word.lstrip("#\uff03").strip())
 
-# %% ../../nbs/evaluate/65_words.ipynb #07811ad9
+# %% ../../nbs/evaluate/65_words.ipynb #3e2c12f2
 TABLE_LIMIT = 2**26   # bytes
 
 
@@ -348,10 +350,9 @@ def read_table(
         if len(languages) < 2: raise ValueError(f"translations need two languages or more, found {languages}: one column each, with commas between them")
         if len(set(map(plain, languages))) < len(languages): raise ValueError(f"two columns have one name: {', '.join(languages)}")
         for language in languages:
-            words = [plain(row[language]) for row in rows if language in row]
-            if twice := [word for word in words if words.count(word) > 1]: raise ValueError(f"the word {twice[0]!r} occurs twice in {language}")
-        names = [row["concept"] for row in rows]
-        if twice := [name for name in names if names.count(name) > 1]: raise ValueError(f"two rows are called {twice[0]!r}: add a column called concept")
+            words = Counter(plain(row[language]) for row in rows if language in row)
+            if twice := [word for word, n in words.items() if n > 1]: raise ValueError(f"the word {twice[0]!r} occurs twice in {language}")
+        if twice := [name for name, n in Counter(row["concept"] for row in rows).items() if n > 1]: raise ValueError(f"two rows are called {twice[0]!r}: add a column called concept")
         return languages, rows
 
 # %% ../../nbs/evaluate/65_words.ipynb #0e7c1d54
@@ -408,7 +409,7 @@ def draw_some(
     if not n or n >= len(names): return names
     return [names[i] for i in sorted(stateless_rng(0, 68, word).permutation(len(names))[:n])]
 
-# %% ../../nbs/evaluate/65_words.ipynb #b6af3834
+# %% ../../nbs/evaluate/65_words.ipynb #6d87a207
 def read_hashtags(
     root,                 # holds LANGUAGE/WORD/* and the table
     table: str = "",      # its name; empty: translations.csv or translations.json
@@ -429,7 +430,10 @@ def read_hashtags(
     keep = [w for w, some in enumerate(names) if len(some) >= max(1, min_images)]
     few = [f"{language}/{word}" for w, (language, _, word, _) in enumerate(words) if w not in set(keep)]
     languages, concepts, spelled = ([words[w][part] for w in keep] for part in range(3))
-    translation_pairs(languages, concepts)
+    try: translation_pairs(languages, concepts)
+    except ValueError as error:
+        few_said = f"{len(few)} have fewer than {max(1, min_images)} pictures of their own"
+        raise ValueError(f"{error}; of the table's {len(words) + len(absent)} words {len(absent)} have no folder, and {few_said}") from None
     names = [draw_some(names[w], per_word, w) for w in keep]
     listing = files(root, [name for some in names for name in some], np.repeat(np.arange(len(keep)), [len(some) for some in names]), spelled)
     images = TaskData("hashtags", "test", spelled, listing.labels, listing.read, listing.names.__getitem__)
@@ -451,7 +455,7 @@ def write_words(
     csv.writer(text := io.StringIO()).writerows([["concept", *columns], *([concept, *(row.get(c, "") for c in columns)] for concept, row in table.items())])
     write_atomic(Path(root) / "translations.csv", text.getvalue())
 
-# %% ../../nbs/evaluate/65_words.ipynb #91aa0ed3
+# %% ../../nbs/evaluate/65_words.ipynb #af663e11
 @dataclasses.dataclass(frozen=True)
 class WordsConfig:
     "Parameters of a word embedding."
@@ -463,8 +467,8 @@ class WordsConfig:
     root: str = ""                      # folder that holds the data sets; the toy task needs none
     table: str = ""                     # translations below root/hashtags; empty: translations.csv or .json
     image_size: int = 0                 # pixels after resize and crop; 0: images as they are
-    per_word: int = 0                   # use only so many pictures of each word; 0: all
-    min_images: int = 1                 # leave out words with fewer pictures
+    per_word: int = 0                   # use only so many pictures of each word, 2 or more; 0: all
+    min_images: int = 2                 # leave out words with fewer pictures; 2 is the least that says how far pictures of a word differ
     extract_batch: int = 256            # images per forward pass
     device: str = ""                    # cpu, cuda, …; empty: cuda if there is one
     tap: str = "avgpool"                # place in the network, see tap_features
@@ -489,9 +493,8 @@ def words_settings(
     words: Words,
     weights: str,  # fingerprint of the model
 ) -> dict:
-    "Return what decides the number, with a fingerprint of the list of pictures and meanings."
-    names = [words.images.name(i) for i in range(len(words.images))]
-    data = hashlib.sha256(json.dumps([names, words.languages, words.concepts]).encode()).hexdigest()[:12]
+    "Return what decides the number, with fingerprints of the pictures and of their meanings."
+    data = [data_fingerprint(words.images), hashlib.sha256(json.dumps([words.images.classes, words.languages, words.concepts]).encode()).hexdigest()[:12]]
     return {name: getattr(config, name) for name in ("image_size", "tap", "center", "n_resamples", "n_permutations")} | {"data": data, "weights": weights}
 
 
@@ -523,12 +526,13 @@ def score_words(
     return Result(row.slug, config.model, "words", settings, row.metric, precision[1], *shifted_interval(precision[1], draws), len(words.images),
                   round(time.perf_counter() - start, 3), chance[1], None, "", config.seed, details), e
 
-# %% ../../nbs/evaluate/65_words.ipynb #10dadcd9
+# %% ../../nbs/evaluate/65_words.ipynb #6e164e17
 def check_words(
     config: WordsConfig,
 ):
     "Raise `ValueError` for numbers that mean nothing."
-    if min(config.per_word, config.min_images) < 0: raise ValueError("per_word and min_images cannot be below 0")
+    if config.min_images < 2 or (config.per_word and config.per_word < 2):
+        raise ValueError("min_images and per_word must be 2 or more (per_word 0: all): one picture of a word does not say how far others would differ")
     if min(config.n_resamples, config.n_permutations) < 20: raise ValueError("n_resamples and n_permutations must be at least 20: fewer say nothing")
     read_tap(config.tap)
 
