@@ -124,7 +124,7 @@ def group_rates(
         rates.append(GroupRate(str(units.names[k]), int(units.counts[own].sum()), float(value), float(low), float(high), size < min_size))
     return rates
 
-# %% ../../nbs/evaluate/59_groups.ipynb #ceaa5873
+# %% ../../nbs/evaluate/59_groups.ipynb #aa899024
 class Gap(NamedTuple):
     "The largest difference between two groups."
     highest: str       # group with the highest rate
@@ -142,14 +142,17 @@ def deal_kinds(
     n: int,     # shuffles
 ) -> np.ndarray:
     "Shuffle units of few kinds and deal them to groups, n times; return how many of each kind each group gets, int64 [n, G, K]."
-    left, dealt = np.tile(times, (n, 1)), np.zeros((n, len(sizes), len(times)), np.int64)
-    for g, size in enumerate(sizes):
-        wanted = np.full(n, size)
-        for k in range(len(times)):
-            dealt[:, g, k] = rng.hypergeometric(left[:, k], left[:, k + 1:].sum(1), wanted)
-            wanted -= dealt[:, g, k]
-        left -= dealt[:, g]
-    return dealt
+    left, dealt = np.repeat(times[:, None], n, 1), np.zeros((len(sizes), len(times), n), np.int64)
+    for g, size in enumerate(sizes[:-1]):
+        wanted, others = np.full(n, size), left.sum(0)
+        for k in range(len(times) - 1):
+            others -= left[k]
+            dealt[g, k] = rng.hypergeometric(left[k], others, wanted)
+            wanted -= dealt[g, k]
+        dealt[g, -1] = wanted                          # whoever is wanted after all other kinds is of the last one
+        left -= dealt[g]
+    dealt[-1] = left
+    return dealt.transpose(2, 0, 1)
 
 
 def shuffled_rates(
