@@ -94,7 +94,7 @@ def write_miap(root, rows):
 
 
 def test_miap(tmp_path):
-    rows = [BOX, BOX | {"IsGroupOf": 1}, BOX | {"IsDepictionOf": -1}, BOX | {"IsGroupOf": None}, BOX | {"bbox": [0, 0, 99, 200]}, BOX | {"bbox": [20, 10, 320, 130], "GenderPresentation": "Unknown"},
+    rows = [BOX | {"IsGroupOf": False}, BOX | {"IsGroupOf": True}, BOX | {"IsDepictionOf": -1}, BOX | {"IsGroupOf": None}, BOX | {"bbox": [0, 0, 99, 200]}, BOX | {"bbox": [20, 10, 320, 130], "GenderPresentation": "Unknown"},
             BOX | {"bbox": [-30, 0, 100, 110], "AgePresentation": "Young"}]
     people, counts = fl.read_miap(write_miap(tmp_path, rows))
     assert counts == {"a group": 1, "kept": 3, "not said whether a depiction": 1, "not said whether a group": 1, "smaller than 100 pixels": 1}
@@ -111,6 +111,12 @@ def test_hostile_boxes(tmp_path, row, why):
     with pytest.raises(ValueError, match=why): fl.read_miap(write_miap(tmp_path, [row]))
 
 
+def test_boxes_of_pictures_that_are_not_there(tmp_path):
+    people, counts = fl.read_miap(write_miap(tmp_path, [BOX, BOX | {"path": "gone.png"}, BOX | {"path": "gone.png", "IsGroupOf": 1}]))
+    assert counts == {"kept": 1, "no image file": 2} and people.names == ("p.png",)
+    with pytest.raises(ValueError, match="no box counts: {'no image file': 1}"): fl.read_miap(write_miap(tmp_path, [BOX | {"path": "gone.png"}]))
+
+
 def test_a_box_outside_of_its_picture(tmp_path):
     people, _ = fl.read_miap(write_miap(tmp_path, [BOX | {"bbox": [500, 0, 700, 200]}]))
     with pytest.raises(ValueError, match="outside a picture of 400 x 340"): people.read(0)
@@ -119,6 +125,18 @@ def test_a_box_outside_of_its_picture(tmp_path):
 @pytest.mark.parametrize("task", ["casual_conversations", "miap"])
 def test_missing_data_say_where_to_get_them(tmp_path, task):
     with pytest.raises(FileNotFoundError, match="where to get it"): fl.open_people(task, tmp_path)
+
+
+def test_a_part_is_a_draw(tmp_path):
+    rows = [{"img_path": "p.png", "subject_id": i, "age": i, "gender": "Female", "skin-type": 1} for i in range(40)]
+    (tmp_path / "casual_conversations").mkdir()
+    write_miap(tmp_path / "casual_conversations", [])
+    (tmp_path / "casual_conversations/miap.json").write_text(json.dumps(rows))
+    people, _ = fl.open_people("casual_conversations", tmp_path, n=10, seed=1)
+    ages = people.attributes["age"]
+    assert len(people.names) == len(ages) == 10 and ages != list(range(10)) and max(ages) > 15 and ages == sorted(ages) and people.read(9).shape == (3, 340, 400)
+    assert fl.open_people("casual_conversations", tmp_path, n=10, seed=2)[0].attributes["age"] != ages
+    assert len(fl.open_people("casual_conversations", tmp_path, n=99)[0].names) == 40
 
 
 def test_published_rates():
@@ -156,7 +174,7 @@ def test_a_known_bias_is_measured(looks):
     assert json.loads(json.dumps(details)) == details
 
 
-def test_runs_in_the_published_formats(tmp_path):
+def test_runs_in_the_published_formats(tmp_path, monkeypatch):
     "MIAP with a probe on an untrained backbone, its own labels and mapping; called again, returned; then drawn from the line alone."
     root = tmp_path / "data"
     (root).mkdir()
@@ -170,11 +188,20 @@ def test_runs_in_the_published_formats(tmp_path):
     assert result.details["families"] == {"Human": ["face"], "Non-Human": ["ape"], "Possibly-Non-Human": ["cat"], "Crime": ["prison"]} and result.details["silent"] == ["Possibly-Human"]
     assert {r["group"] for r in result.details["rates"]} == {"feminine", "masculine", "unknown"} and [r["few"] for r in result.details["rates"]] == [True] * 3    # one picture is one cluster
     assert fl.run_labels(config) == result == read_results(tmp_path / "run/results.jsonl")[0]
+    looked = []
+    monkeypatch.setattr(fl, "extract_features", lambda model, images, extract=fl.extract_features, **how: looked.append(len(images)) or extract(model, images, **how))
+    with pytest.raises(ValueError, match="other parameters"): fl.run_labels(dataclasses.replace(config, family="Human"))
+    assert set(looked) <= {1}                                        # refused before the pictures are read, but for one
+    human = fl.run_labels(dataclasses.replace(config, run_dir=str(tmp_path / "human"), family="Human"))
+    assert human.metric == "labelled human" and human.value == np.mean(fl.family_fires(np.load(tmp_path / "human/predictions.npy"), np.load(tmp_path / "human/confidences.npy"), [0], 0.1))
+    (tmp_path / "human/results.jsonl").unlink()                      # stopped half-way, and gone on with smaller batches
+    assert fl.run_labels(dataclasses.replace(config, run_dir=str(tmp_path / "human"), family="Human", extract_batch=5)).value == human.value
     assert np.load(tmp_path / "run/predictions.npy").shape == (12, 5)
     assert [ax.get_title() for ax in fl.draw_labels(result.details).axes] == list(result.details["families"])
     (tmp_path / "labels.txt").write_text("face\nape\nsofa\nsea\nsky\n")
+    looked.clear()
     with pytest.raises(ValueError, match="7 outputs, but 5 labels"): fl.run_labels(dataclasses.replace(config, run_dir=str(tmp_path / "other")))
-    assert not (tmp_path / "other").exists()
+    assert looked == [1] and not (tmp_path / "other").exists()
 
 
 def test_a_probe_is_trained_on_a_folder_per_label(tmp_path):
@@ -194,9 +221,16 @@ HEAD = "ImageID,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,
 def test_the_official_list_of_miap(tmp_path):
     Image.fromarray(np.zeros((340, 400, 3), np.uint8)).save(tmp_path / "0a1b.jpg")
     (tmp_path / "boxes.csv").write_text(HEAD + "0a1b,/m/01g317,1,0.1,0.6,0.0,1.0,0,0,0,0,0,Predominantly Masculine,Unknown\n0a1b,/m/01g317,1,0.1,0.3,0.0,1.0,0,0,0,0,0,Unknown,Young\n")
+    with open(tmp_path / "boxes.csv", "a") as file: file.write("77ff,/m/01g317,1,0.1,0.6,0.0,1.0,0,0,0,0,0,Unknown,Young\n")       # a picture that is not there
     people, counts = fl.read_miap(tmp_path)
-    assert counts == {"kept": 1, "smaller than 100 pixels": 1} and people.attributes == {"gender presentation": ["masculine"], "age presentation": [None], "picture": ["0a1b.jpg"]}
+    assert counts == {"kept": 1, "no image file": 1, "smaller than 100 pixels": 1} and people.attributes == {"gender presentation": ["masculine"], "age presentation": [None], "picture": ["0a1b.jpg"]}
     assert people.read(0).shape == (3, 200, 200)
+    (tmp_path / "miap_boxes_train.csv").write_text(HEAD)
+    with pytest.raises(ValueError, match="2 lists, boxes.csv, miap_boxes_train.csv"): fl.read_miap(tmp_path)
+    (tmp_path / "boxes.csv").rename(tmp_path / "miap_boxes_test.csv")
+    assert fl.read_miap(tmp_path)[1] == counts                      # the test list, beside that for training
+    (tmp_path / "miap_boxes_train.csv").unlink()
+    (tmp_path / "miap_boxes_test.csv").rename(tmp_path / "boxes.csv")
     for line in ("../0a1b,,1,0.1,0.6,0,1,0,0,0,0,0,,\n", "0a1b,,1,a,0.6,0,1,0,0,0,0,0,,\n", "0a1b\n"):
         (tmp_path / "boxes.csv").write_text(HEAD + line)
         with pytest.raises(ValueError, match="boxes.csv"): fl.read_miap(tmp_path)

@@ -19,6 +19,7 @@ from seer_nb.evaluate import features as feat
 from seer_nb.evaluate import tasks
 from seer_nb.evaluate.annotations import Claims
 from seer_nb.evaluate.tasks import TaskData, open_model, weights_hash
+from seer_nb.images import BadImage
 from seer_nb.regnet import regnety
 from seer_nb.streaming import StreamedBackbone
 from seer_nb.swav import SwAV, SwAVHead
@@ -244,6 +245,11 @@ def test_killed_anywhere(tmp_path):
         assert same(again, whole) and again.names("test") == whole.names("test")
         if done: break
     assert n > 20 and done
+
+
+def test_an_image_that_cannot_be_used_is_named(model):
+    def fails(i): raise BadImage("truncated", "the end is missing")
+    with pytest.raises(ValueError, match=r"(?s)image 0 .* cannot be read: truncated: the end is missing"): feat.extract_features(model, task(read=fails))
 
 
 def test_only_what_is_missing_is_computed_and_torn_logs_are_mended(tmp_path, model):

@@ -6,11 +6,11 @@
 __all__ = ['FAMILIES', 'THRESHOLDS', 'TOY_LABELS', 'MIN_BOX', 'GROUPINGS', 'paper_families', 'plain', 'label_families',
            'read_json', 'read_labels', 'read_mapping', 'top_predictions', 'family_fires', 'label_association_rates',
            'toy_picture', 'toy_archive', 'box_verdict', 'square_part', 'read_box', 'picture_size', 'official_boxes',
-           'read_miap', 'open_people', 'make_groupings', 'published_rates', 'LabelsConfig', 'open_archive',
-           'read_taxonomy', 'check_labels', 'chance_rate', 'label_settings', 'score_labels', 'run_labels', 'select',
-           'draw_labels']
+           'miap_rows', 'read_miap', 'read_drawn', 'open_people', 'make_groupings', 'published_rates', 'LabelsConfig',
+           'open_archive', 'read_taxonomy', 'check_labels', 'chance_rate', 'label_settings', 'score_labels',
+           'check_outputs', 'run_labels', 'select', 'draw_labels']
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #78081646
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #1d2ad467
 import csv
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomic
+from ..core import RunDir, did_you_mean, stateless_rng, write_atomic
 from .annotations import reading
 from .features import data_fingerprint, extract_features
 from .groups import (JSON_LIMIT, GroupRate, People, draw_rates, group_rates, join_groups, largest_gap, read_casual_conversations, read_records, stated,
@@ -221,7 +221,7 @@ def read_box(read, boxes, rule, i):
     left, top, width, height = square_part(image.shape[2], image.shape[1], rule)
     return image[:, top:top + height, left:left + width]
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #b4869896
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #7848b5ef
 def picture_size(
     path,  # of an image file
 ) -> tuple:
@@ -234,15 +234,30 @@ def official_boxes(
     path,  # MIAP's list as it is published
     root,  # holds the pictures, ImageID.jpg
 ) -> list:
-    "Return the rows of the official list in the form of the JSON list, boxes in pixels. Raises `ValueError` for a row that is none and a name that leads out of `root`."
+    """Return the rows of the official list in the form of the JSON list, boxes in pixels (in fractions if there is no such picture).
+
+    Raises `ValueError` for a row that is none and a name that leads out of `root`.
+    """
     with reading(path):
         if Path(path).stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
         with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
-        sizes = {name: picture_size(Path(root, name)) for name in below(dict.fromkeys(f"{row['ImageID']}.jpg" for row in rows))}
-        corners = (("XMin", 0), ("YMin", 1), ("XMax", 0), ("YMax", 1))
-        return [row | {"path": f"{row['ImageID']}.jpg", "bbox": [float(row[c]) * sizes[f"{row['ImageID']}.jpg"][k] for c, k in corners]} for row in rows]
+        here = [name for name in below(dict.fromkeys(f"{row['ImageID']}.jpg" for row in rows)) if Path(root, name).is_file()]
+        sizes, corners = {name: picture_size(Path(root, name)) for name in here}, (("XMin", 0), ("YMin", 1), ("XMax", 0), ("YMax", 1))
+        boxes = [(row, name, [float(row[corner]) for corner, _ in corners]) for row in rows for name in [f"{row['ImageID']}.jpg"]]
+        return [row | {"path": name, "bbox": [v * sizes.get(name, (1, 1))[k] for v, (_, k) in zip(box, corners)]} for row, name, box in boxes]
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #e7dca14a
+
+def miap_rows(
+    root,  # holds the lists and the pictures
+) -> tuple:
+    "Return the path and the rows of MIAP's list: the test list of the official ones, `*_test.csv`, the only .csv file, or a JSON list. Raises as `read_records`, and for lists among which it cannot choose."
+    lists = sorted(Path(root).glob("*.csv"))
+    if len(lists) > 1: lists = [path for path in lists if path.stem.endswith("_test")] or lists
+    if not lists or list(Path(root).glob("*.json")): return read_records(root)
+    if len(lists) > 1: raise ValueError(f"{root} holds {len(lists)} lists, {', '.join(path.name for path in lists[:4])}: keep the one to read")
+    return lists[0], official_boxes(lists[0], root)
+
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #6f88660f
 def read_miap(
     root,                  # holds the list of boxes, .json or .csv, and the pictures that it names
     square: str = "code",  # see square_part
@@ -251,10 +266,11 @@ def read_miap(
 
     Raises `FileNotFoundError` without a list, `ValueError` for a record without a box, a path that leads out of `root`, and if no box counts.
     """
-    lists = sorted(Path(root).glob("*.csv"))
-    path, rows = (lists[0], official_boxes(lists[0], root)) if len(lists) == 1 and not list(Path(root).glob("*.json")) else read_records(root)
+    path, rows = miap_rows(root)
     with reading(path):
-        verdicts = [box_verdict(row) for row in rows]
+        checked = [box_verdict(row) for row in rows]
+        here = {name: Path(root, name).is_file() for name in below(dict.fromkeys(row["path"] for row in rows))}
+        verdicts = [verdict if here[row["path"]] else "no image file" for row, verdict in zip(rows, checked)]
         counts = {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
         rows = [row for row, verdict in zip(rows, verdicts) if verdict == "kept"]
         if not rows: raise ValueError(f"no box counts: {counts}")
@@ -265,12 +281,15 @@ def read_miap(
     pictures = functools.partial(read_image, str(root), names, 0)
     return People(functools.partial(read_box, pictures, [row["bbox"] for row in rows], square), names, attributes), counts
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #be8e9657
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #5b786a51
 GROUPINGS = {   # task -> the groupings, first that of the headline, and what is drawn together
     "casual_conversations": (("gender × skin tone", "gender", "skin tone", "age group"), "subject_id"),
     "miap": (("gender presentation", "age presentation", "gender presentation × age presentation"), "picture"),
 }
 GROUPINGS["toy_people"] = GROUPINGS["casual_conversations"]
+
+
+def read_drawn(read, rows, i): return read(rows[i])
 
 
 def open_people(
@@ -279,17 +298,20 @@ def open_people(
     *,
     square: str = "code",  # miap: see square_part
     bias: float = 0.3,     # toy_people: see make_toy_people
-    seed: int = 0,         # toy_people
-    n: int = 0,            # only so many pictures, from the first; 0: all
+    seed: int = 0,         # of toy_people, and of the draw
+    n: int = 0,            # only so many pictures, drawn; 0: all
 ) -> tuple:
     "Open pictures of people; return them and, for MIAP, the counts of boxes. Raises `ValueError` for another task, `FileNotFoundError` that says where to get the data."
     if task not in GROUPINGS: raise ValueError(f"{task!r} shows no people{did_you_mean(task, GROUPINGS)}; tasks: {', '.join(GROUPINGS)}")
     row = task_row(task)
+    if n < 0: raise ValueError(f"{n} pictures: give a number, or 0 for all")
     if task == "toy_people": return toy_people(n or 400, seed, bias), {}
     try: people, counts = read_miap(task_folder(row, root), square) if task == "miap" else (read_casual_conversations(task_folder(row, root)), {})
     except FileNotFoundError as error: raise FileNotFoundError(missing_message(row, root, str(error.filename or error))) from None
-    n = n or len(people.names)
-    return People(people.read, people.names[:n], {name: values[:n] for name, values in people.attributes.items()}), counts
+    if not 0 < n < len(people.names): return people, counts
+    rows = draw_images(people.names, n, balanced=False, seed=seed).tolist()
+    pick = lambda values: [values[i] for i in rows]
+    return People(functools.partial(read_drawn, people.read, rows), pick(people.names), {name: pick(values) for name, values in people.attributes.items()}), counts
 
 
 def make_groupings(
@@ -315,7 +337,7 @@ def published_rates(
     if model and model not in models: raise ValueError(f"no published rates of {model!r} on {task}{did_you_mean(model, models)}; published: {', '.join(models) or 'none'}")
     return [row for row in rows if model in ("", row["model"])]
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #90f84307
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #1f4090ab
 @dataclasses.dataclass(frozen=True)
 class LabelsConfig:
     "Parameters of a label audit."
@@ -327,7 +349,7 @@ class LabelsConfig:
     root: str = ""                      # folder that holds the data sets; the toy set needs none
     paper_model: str = ""               # published model to show beside; empty: none
     image_size: int = 0                 # pixels after resize and crop, 224 in the paper; 0: images as they are
-    test_images: int = 0                # use only so many pictures; 0: all
+    test_images: int = 0                # use only so many pictures, drawn; 0: all
     extract_batch: int = 256            # images per forward pass
     device: str = ""                    # cpu, cuda, …; empty: cuda if there is one
     archive: str = ""                   # train a probe: a folder with a folder of images per label, toy:biased or toy:fair; empty: none
@@ -354,7 +376,7 @@ def open_archive(
         data = TaskData("archive", "train", labels, listing.labels, listing.read, listing.names.__getitem__)
     return subset(data, draw_images(data.labels, config.train_images)) if 0 < config.train_images < len(data) else data
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #b62c2857
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #fd2837be
 def read_taxonomy(
     config: LabelsConfig,
     archive,               # of open_archive, or None
@@ -374,6 +396,9 @@ def check_labels(
     if config.archive and config.probe: raise ValueError("give archive or probe, not both")
     if not config.archive and not config.probe and config.model.partition(":")[0] in ("random", "transformers"):
         raise ValueError(f"{config.model} has no classifier of its own: give an archive to train a probe on, or the file of a probe")
+    for name in ("test_images", "train_images", "image_size"):
+        if getattr(config, name) < 0: raise ValueError(f"{name} = {getattr(config, name)}: give a number of pictures or pixels, or 0")
+    if config.extract_batch < 1: raise ValueError(f"extract_batch is 1 or more, not {config.extract_batch}")
     if not 0 <= config.threshold <= 1: raise ValueError(f"threshold lies between 0 and 1, not at {config.threshold}")
     published_rates(config.paper_model, config.task) if config.paper_model else None
     square_part(1, 1, config.square)
@@ -431,7 +456,18 @@ def score_labels(
     ours = lambda rows: [{k: v for k, v in row.items() if k not in head} for row in rows if head.items() <= row.items()]
     return {"headline": head, "rates": ours(rates), "gap": (ours(gaps) or [None])[0], "all_rates": rates, "all_gaps": gaps}
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #8257ceee
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #07f55af2
+def check_outputs(
+    model: torch.nn.Module,  # classifier
+    seen: TaskData,          # its first picture is looked at
+    labels,                  # of the classifier
+    config: LabelsConfig,
+):
+    "Raise `ValueError` for a classifier with more or fewer outputs than labels."
+    n = extract_features(model, subset(seen, [0]), size=config.image_size).shape[1]
+    if n != len(labels): raise ValueError(f"the classifier has {n} outputs, but {len(labels)} labels: give the file of its labels")
+
+
 def run_labels(
     config: LabelsConfig,
 ) -> Result:
@@ -445,23 +481,23 @@ def run_labels(
     seen = TaskData(config.task, "test", (), np.zeros(len(people.names)), people.read, people.names.__getitem__)
     settings = label_settings(config, labels, mapping, weights_hash(model), people, (seen, archive) if archive else (seen,))
     if done := find_result(run.results, task=config.task, model=config.model, protocol="labels", settings=settings, seed=config.seed): return done
+    if not archive: check_outputs(model, seen, labels, config)
+    run.begin(config, may_change=("extract_batch", "device"))
     extract = functools.partial(extract_features, size=config.image_size, batch_size=config.extract_batch)
     head = fit_head(extract(model, archive), archive.labels, len(labels), seed=config.seed) if archive else None
     logits = extract(join(model, head.to(device)) if archive else model, seen)
-    if logits.shape[1] != len(labels): raise ValueError(f"the classifier has {logits.shape[1]} outputs, but {len(labels)} labels: give the file of its labels")
     predictions, confidences = top_predictions(logits, config.top_k)
     details = score_labels(predictions, confidences, families, people, config)
     every = group_rates(family_fires(predictions, confidences, families[config.family], config.threshold, config.top_k), ["all"] * len(seen),
                         clusters=people.attributes[GROUPINGS[config.task][1]], seed=config.seed)[0]
     details |= {"families": {family: [labels[i] for i in places] for family, places in families.items()}, "silent": [f for f in dict.fromkeys(mapping.values()) if f not in families],
                 "boxes": counts, "published": published_rates(config.paper_model, config.task) if config.paper_model else []}
-    run.begin(config)
     if archive: save_probe(run.path / "probe.safetensors", head, model)
     write_atomic(run.path / "labels.json", json.dumps(list(labels)))
     for name, array in {"predictions": predictions, "confidences": confidences}.items():
         np.save(buffer := io.BytesIO(), array)
         write_atomic(run.path / f"{name}.npy", buffer.getvalue())
-    result = Result(config.task, config.model, "labels", settings, task_row(config.task).metric, *every[2:5], len(seen), round(time.perf_counter() - start, 3),
+    result = Result(config.task, config.model, "labels", settings, f"labelled {config.family.lower()}", *every[2:5], len(seen), round(time.perf_counter() - start, 3),
                     chance_rate(len(labels), len(families[config.family]), config.top_k), None, "", config.seed, details)
     append_result(run.results, result)
     return result

@@ -8,7 +8,7 @@ __all__ = ['PLACES', 'CLAIM', 'eval_mode', 'read_tap', 'tapped_module', 'pooled'
            'extract_features', 'TaskFeatures', 'task_features', 'data_fingerprint', 'make_plan', 'Store', 'open_store',
            'rows_done', 'extract', 'FeaturesConfig', 'open_backbone', 'run_features']
 
-# %% ../../nbs/evaluate/51_features.ipynb #f83640e8
+# %% ../../nbs/evaluate/51_features.ipynb #a3bdea46
 import contextlib
 import dataclasses
 import hashlib
@@ -31,6 +31,7 @@ from ..core import MetricLog, RunDir, did_you_mean, make_config, progress, write
 from ..distributed import gather_json, rank, setup, world_size
 from .annotations import Claims
 from .tasks import ROWS, TaskData, eval_transform, open_model, open_task, task_row, weights_hash
+from ..images import BadImage
 from ..multicrop import init_worker
 from ..streaming import StreamedBackbone
 from ..swav import SwAVHead
@@ -146,7 +147,7 @@ def open_tapped(
     head.load_state_dict(state, assign=True)
     return Headed(model, head.projection).eval()
 
-# %% ../../nbs/evaluate/51_features.ipynb #bf0fd6e7
+# %% ../../nbs/evaluate/51_features.ipynb #466c1e81
 PLACES = {"center": (0.5, 0.5), "topleft": (0, 0), "topright": (0, 1), "bottomleft": (1, 0), "bottomright": (1, 1)}
 
 
@@ -167,13 +168,13 @@ def view_image(
 ) -> torch.Tensor:                   # uint8 [3, crop, crop]
     "Return one view of an image. Raises `ValueError` for a view that the image or the crop is too small for."
     place, size, flip = read_view(view)
-    if preprocess is None and (place, size) != ("center", 0): raise ValueError(f"the view {view!r} needs a crop: give size=, e.g. size=224")
+    if preprocess is None and (place, size) != ("center", 0): raise ValueError(f"the view {view!r} needs a crop: give size=, e.g. size=224 (image_size on a run page)")
     if preprocess is not None:
         if (size or preprocess.size) < preprocess.crop: raise ValueError(f"the view {view!r} is smaller than the crop of {preprocess.crop} pixels")
         image = dataclasses.replace(preprocess, size=size or preprocess.size).resize_crop(image, PLACES[place])
     return image.flip(2) if flip else image
 
-# %% ../../nbs/evaluate/51_features.ipynb #a0f6ad94
+# %% ../../nbs/evaluate/51_features.ipynb #14e800bd
 def image_name(
     images,  # a TaskData, or any sequence
     i: int,
@@ -194,7 +195,7 @@ class _Batches(torch.utils.data.Dataset):
 
     def _views(self, i):
         try: image = self.read(i)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, BadImage) as error:
             raise ValueError(f"image {i} ({image_name(self.images, i)}) cannot be read: {error}") from error
         return [view_image(image, view, self.preprocess) for view in self.views]
 
@@ -202,7 +203,7 @@ class _Batches(torch.utils.data.Dataset):
         start = self.starts[k]
         rows = [self._views(i) for i in range(start, min(start + self.batch_size, len(self.images)))]
         if len(shapes := {tuple(view.shape) for row in rows for view in row}) > 1:
-            raise ValueError(f"images have different sizes, e.g. {sorted(shapes)[:2]}: give size=, e.g. size=224")
+            raise ValueError(f"images have different sizes, e.g. {sorted(shapes)[:2]}: give size=, e.g. size=224 (image_size on a run page)")
         return start, torch.stack([torch.stack(views) for views in zip(*rows)])
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'JSON_LIMIT', 'AGE_GROUPS', 'PLANTED', 'is_missing', 'join_groups', 'unseen', 'Units', 'make_units',
-           'group_draws', 'GroupRate', 'group_rates', 'Gap', 'shuffled_rates', 'largest_gap', 'disparity_ratio',
-           'rate_table', 'draw_rates', 'People', 'read_json', 'read_records', 'stated', 'skin_tone', 'age_group',
-           'read_casual_conversations', 'toy_figure', 'make_toy_people', 'toy_people']
+           'group_draws', 'GroupRate', 'group_rates', 'Gap', 'deal_kinds', 'shuffled_rates', 'largest_gap',
+           'disparity_ratio', 'rate_table', 'draw_rates', 'People', 'read_json', 'read_records', 'stated', 'skin_tone',
+           'age_group', 'read_casual_conversations', 'toy_figure', 'make_toy_people', 'toy_people']
 
 # %% ../../nbs/evaluate/59_groups.ipynb #9b297e35
 import functools
@@ -24,13 +24,13 @@ from .metrics import chunk_sizes, resampled_counts
 from .readers import below, find, needed, read_image
 from ..viz import PALETTE
 
-# %% ../../nbs/evaluate/59_groups.ipynb #21b98b2f
+# %% ../../nbs/evaluate/59_groups.ipynb #89507c10
 UNKNOWN = "unknown"
 
 
 def is_missing(value) -> bool:
-    "Say whether an attribute was not recorded: None, an empty text, not a number, or the word `unknown`."
-    return value is None or value != value or value in ("", UNKNOWN)
+    "Say whether an attribute was not recorded: None, an empty text, not a number, pandas' NA and NaT, or the word `unknown`."
+    return value is None or str(value) in ("", "nan", "NaT", "<NA>", UNKNOWN)
 
 
 def join_groups(
@@ -88,7 +88,7 @@ def group_draws(
     total = np.concatenate([resampled_counts(times, n, seed, 4096 * (k + 1) + i) @ kinds for i, n in enumerate(chunk_sizes(n_resamples, len(kinds)))])
     return total.real / total.imag
 
-# %% ../../nbs/evaluate/59_groups.ipynb #0b164c88
+# %% ../../nbs/evaluate/59_groups.ipynb #37e4ee98
 class GroupRate(NamedTuple):
     "The mean of a group."
     group: str    # name
@@ -111,7 +111,7 @@ def group_rates(
 ) -> list:
     """Return a `GroupRate` for every group, sorted by name, `unknown` last.
 
-    A group whose units are all alike has no spread to draw from; for values between 0 and 1 it gets the exact ends of `unseen`. Raises `ValueError` as `make_units`.
+    For values between 0 and 1 an interval reaches at least as far as outcomes that `unseen` allows, 0 or 1, would move the mean. Raises `ValueError` as `make_units`.
     """
     units, rates = make_units(values, groups, clusters), []
     bounded = 0 <= np.min(values) and np.max(values) <= 1
@@ -119,11 +119,12 @@ def group_rates(
         own, draws = units.group == k, group_draws(units, k, n_resamples, seed)
         value, size = units.sums[own].sum() / units.counts[own].sum(), int(own.sum())
         low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-        if bounded and np.ptp(units.sums[own] / units.counts[own]) == 0: low, high = (value * (1 - unseen(size, confidence)) + s for s in (0, unseen(size, confidence)))
+        s = unseen(size, confidence)
+        if bounded: low, high = min(low, value * (1 - s)), max(high, value * (1 - s) + s)
         rates.append(GroupRate(str(units.names[k]), int(units.counts[own].sum()), float(value), float(low), float(high), size < min_size))
     return rates
 
-# %% ../../nbs/evaluate/59_groups.ipynb #f987f7fc
+# %% ../../nbs/evaluate/59_groups.ipynb #aa899024
 class Gap(NamedTuple):
     "The largest difference between two groups."
     highest: str       # group with the highest rate
@@ -131,7 +132,27 @@ class Gap(NamedTuple):
     difference: float  # between the two
     low: float         # interval for the true largest difference
     high: float        # its upper end
-    p_value: float     # share of shuffled groupings with a difference at least as large
+    p_value: float     # how often chance makes a difference at least as large
+
+
+def deal_kinds(
+    rng: np.random.Generator,
+    times,      # [K] units of each kind
+    sizes,      # [G] units that each group is dealt
+    n: int,     # shuffles
+) -> np.ndarray:
+    "Shuffle units of few kinds and deal them to groups, n times; return how many of each kind each group gets, int64 [n, G, K]."
+    left, dealt = np.repeat(times[:, None], n, 1), np.zeros((len(sizes), len(times), n), np.int64)
+    for g, size in enumerate(sizes[:-1]):
+        wanted, others = np.full(n, size), left.sum(0)
+        for k in range(len(times) - 1):
+            others -= left[k]
+            dealt[g, k] = rng.hypergeometric(left[k], others, wanted)
+            wanted -= dealt[g, k]
+        dealt[g, -1] = wanted                          # whoever is wanted after all other kinds is of the last one
+        left -= dealt[g]
+    dealt[-1] = left
+    return dealt.transpose(2, 0, 1)
 
 
 def shuffled_rates(
@@ -141,21 +162,22 @@ def shuffled_rates(
 ) -> np.ndarray:
     "Deal the units to groups of the same sizes at random, n times; return the rates, [n, G]."
     rng, G = stateless_rng(seed, 59), len(units.names)
-    if (units.counts == 1).all() and len(kinds := np.unique(units.sums)) == 2:
-        sizes, high = np.bincount(units.group, minlength=G), int((units.sums == kinds[1]).sum())
-        hits = rng.multivariate_hypergeometric(sizes, high, size=n, method="marginals")
-        return kinds[0] + (kinds[1] - kinds[0]) * hits / sizes
-    deals = (rng.permuted(np.tile(units.group, (m, 1)), axis=1) for m in chunk_sizes(n, len(units.group)))
-    return np.concatenate([np.stack([(deal == k) @ units.sums / ((deal == k) @ units.counts) for k in range(G)], 1) for deal in deals])
+    kinds, times = np.unique(units.sums + 1j * units.counts, return_counts=True)      # pairs (sum, count)
+    if G * len(kinds) < len(units.group): total = deal_kinds(rng, times, np.bincount(units.group, minlength=G), n) @ kinds
+    else:
+        deals = (rng.permuted(np.tile(units.group, (m, 1)), axis=1) for m in chunk_sizes(n, len(units.group)))
+        total = np.concatenate([np.stack([(deal == k) @ units.sums + 1j * ((deal == k) @ units.counts) for k in range(G)], 1) for deal in deals])
+    return total.real / total.imag
 
-# %% ../../nbs/evaluate/59_groups.ipynb #a3886f47
+# %% ../../nbs/evaluate/59_groups.ipynb #693d162d
 def largest_gap(
     values,                    # [N] one number per sample
     groups,                    # [N] names; `unknown` takes no part
     *,
     clusters=None,             # [N] what is drawn and shuffled together; None: every sample alone
     min_size: int = 1,         # groups with fewer samples (or clusters) take no part
-    n_resamples: int = 1000,   # draws, and shuffles
+    n_resamples: int = 1000,   # draws
+    n_shuffles: int = 10_000,  # of the permutation test: no p-value lies below 1 / (1 + n_shuffles)
     confidence: float = 0.95,  # of the interval
     seed: int = 0,             # of the draws
 ) -> Gap:
@@ -168,13 +190,15 @@ def largest_gap(
     sizes, rates = np.bincount(units.group), np.bincount(units.group, units.sums) / np.bincount(units.group, units.counts)
     difference = float(np.ptp(rates))
     draws = np.stack([group_draws(units, k, n_resamples, seed) for k in range(len(rates))], 1)
-    reach = np.quantile(np.ptp(draws - rates, axis=1), confidence)
-    if (still := np.ptp(draws, axis=0) == 0).any(): reach = max(reach, *(unseen(n, confidence) for n in sizes[still]))
-    larger = np.ptp(shuffled_rates(units, n_resamples, seed), axis=1) >= difference - 1e-12
-    return Gap(str(units.names[rates.argmax()]), str(units.names[rates.argmin()]), difference, float(max(0, difference - reach)), float(difference + reach),
-               float((1 + larger.sum()) / (1 + n_resamples)))
+    apart = np.ptp(draws - rates, axis=1)
+    reach = np.quantile(apart, confidence)
+    if (still := np.ptp(draws, axis=0) < 1e-9).any(): reach = max(reach, *(unseen(n, confidence) for n in sizes[still]))
+    larger = np.ptp(shuffled_rates(units, n_shuffles, seed), axis=1) >= difference - 1e-12
+    p_value = max((1 + larger.sum()) / (1 + n_shuffles), (apart >= difference - 1e-12).mean())
+    highest, lowest = rates.argmax(), len(rates) - 1 - rates[::-1].argmin()                # of equal ones two different groups
+    return Gap(str(units.names[highest]), str(units.names[lowest]), difference, float(max(0, difference - reach)), float(difference + reach), float(p_value))
 
-# %% ../../nbs/evaluate/59_groups.ipynb #6c27b81c
+# %% ../../nbs/evaluate/59_groups.ipynb #2ad4c23b
 def disparity_ratio(
     rates,  # GroupRates
 ) -> float:
@@ -203,17 +227,18 @@ def draw_rates(
     "Draw rates with their intervals and sizes, hollow where there are few members or the group is unknown; return the new figure, or None when drawn into `ax`."
     plt, given = needed("matplotlib.pyplot", "notebooks"), ax is not None
     if not given: fig, ax = plt.subplots(figsize=(5, 0.6 + 0.32 * len(rates)), layout="constrained")
+    plain = lambda text: text.replace("$", r"\$")     # a name is no formula
     for y, r in enumerate(reversed(rates)):
         ax.plot([100 * r.low, 100 * r.high], [y, y], color=PALETTE["here"], lw=1.2)
         ax.plot(100 * r.value, y, "o", color=PALETTE["here"], ms=5, mfc="white" if r.few or r.group == UNKNOWN else PALETTE["here"])
         if r.group in (paper or {}): ax.plot(100 * paper[r.group], y, "D", mfc="none", color=PALETTE["paper"], ms=6)
-    ax.set_yticks(range(len(rates)), [f"{r.group} ({r.n:,}{', few' if r.few else ''})" for r in reversed(rates)], fontsize=8)
-    ax.set(xlabel=xlabel, title=title, ylim=(-0.6, len(rates) - 0.4))
+    ax.set_yticks(range(len(rates)), [f"{plain(r.group)} ({r.n:,}{', few' if r.few else ''})" for r in reversed(rates)], fontsize=8)
+    ax.set(xlabel=plain(xlabel), title=plain(title), ylim=(-0.6, len(rates) - 0.4))
     if given: return None
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/59_groups.ipynb #762b8eea
+# %% ../../nbs/evaluate/59_groups.ipynb #9e850e8d
 JSON_LIMIT = 2**28   # bytes; a list of 100,000 boxes has some 30 million
 
 
@@ -250,10 +275,10 @@ def stated(
     value,     # of a field
     kind=str,  # str or float
 ):
-    "Return an attribute, in lower case or as a number; None where none is stated. Raises `ValueError` for a list or an object."
-    if value is None or value != value or str(value).strip().lower() in ("", "n/a", "na", "none", "nan", UNKNOWN): return None
+    "Return an attribute, in lower case or as a number (true is 1); None where none is stated. Raises `ValueError` for a list or an object."
+    if is_missing(value) or str(value).strip().lower() in ("", "n/a", "na", "none", "nan", UNKNOWN): return None
     if not isinstance(value, (str, int, float)): raise ValueError(f"{str(value)[:40]} is no attribute")
-    return kind(str(value).strip().lower())
+    return kind(value) if isinstance(value, bool) and kind is float else kind(str(value).strip().lower())
 
 # %% ../../nbs/evaluate/59_groups.ipynb #e2e8130f
 AGE_GROUPS = {"under 18": 0, "18-30": 18, "30-45": 30, "45-70": 45, "70+": 70}   # name -> first age
