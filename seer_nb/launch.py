@@ -92,7 +92,9 @@ def check_run(
     ranks: int = 1,  # processes that will run it
 ):
     "Return the notebook's parameters; those of a pretraining as `PretrainConfig`. Raises `ValueError`, `TypeError` or `FileNotFoundError` for what the run would stumble over."
+    from seer_nb.evaluate.tasks import check_ranks
     from seer_nb.trainer import PretrainConfig
+    check_ranks(Path(notebook).stem, ranks)
     config = make_config(parameters_of(notebook), params)
     names = [f.name for f in dataclasses.fields(PretrainConfig)]
     if names == list(vars(config)):

@@ -267,6 +267,7 @@ def test_a_suite_is_an_array_of_tasks(tmp_path, capsys, monkeypatch):
     assert launch.main(words) == 0
     out = capsys.readouterr().out
     assert "--array=0-1%2" in out and "'task': 'toy_scenes'" in out and "#SBATCH --job-name=knn" in out
+    assert launch.main([*words, "--gpus-per-node", "8"]) == 2 and "runs on one process, not on 8" in capsys.readouterr().err
     assert launch.main(["suite", "--model", "m", "--tasks", "t", "--protocol", "knm"]) == 2 and "no page nbs/evaluate/*_knm.ipynb" in capsys.readouterr().err
     assert launch.main(["suite", "--model", "m", "--tasks", "toy_digits,dtd"]) == 2 and "give a preset" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from seer_nb.evaluate import features, knn, linear, scoreboard, tasks
+from seer_nb.evaluate import features, knn, linear, lowshot, robustness, scoreboard, tasks
 from seer_nb.evaluate.readers import Listing
 from seer_nb.toyworld import TOY_TASKS, toy_task
 
@@ -412,6 +412,15 @@ def test_bad_configurations_leave_no_folder(tmp_path):
                         (knn.run_knn, knn.KnnConfig(model="random:x")), (knn.run_knn, knn.KnnConfig(temperature=0.0))]:
         with pytest.raises(ValueError): run(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
         assert not (tmp_path / "run").exists()
+
+
+def test_a_page_of_one_process_refuses_many(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items(): monkeypatch.setenv(name, value)
+    for run, config in ((linear.run_linear, linear.LinearConfig), (knn.run_knn, knn.KnnConfig), (lowshot.run_lowshot, lowshot.LowShotConfig), (robustness.run_robustness, robustness.RobustnessConfig)):
+        with pytest.raises(ValueError, match="runs on one process, not on 2.*51_features"): run(config(run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    tasks.check_ranks("55_finetune")                             # trains on many
+    assert all((TOP / f"nbs/evaluate/{page}.ipynb").is_file() for page in tasks.ALONE)
 
 
 def test_scoreboard_groups_seeds_and_keeps_kinds_apart():

@@ -23,7 +23,7 @@ from ..core import MetricLog, RunDir, make_config, write_atomic
 from .features import TaskFeatures, open_store, open_tapped, task_features
 from .linear import make_record
 from .metrics import measure, top_k_accuracy
-from .tasks import Result, append_result, find_result, needed, open_model, open_task, pick_device, task_row, weights_hash
+from .tasks import Result, append_result, check_ranks, find_result, needed, open_model, open_task, pick_device, task_row, weights_hash
 
 # %% ../../nbs/evaluate/53_knn.ipynb #a1c4659c
 def largest(
@@ -274,6 +274,7 @@ def run_knn(
     A result that is already there for the same settings and weights is returned. Raises `ValueError` before anything is written for a
     task, model or store that does not exist, and for a `k` larger than the training set.
     """
+    check_ranks("53_knn")
     check_knn(config, config.train_images or task_row(config.task).train)
     settings, features = open_knn_features(config)
     run = RunDir(config.run_dir, "knn")

@@ -32,7 +32,7 @@ from ..distributed import Preempted, StopRequest
 from .features import TaskFeatures, extract, open_tapped, read_tap, tap_features, tapped_module, task_features
 from .metrics import (METRICS, average_precision, bootstrap_interval, mean_average_precision, mean_interval, mean_per_class_accuracy,
                                       measure, top_k_accuracy, top_k_hits)
-from .tasks import (VIEWS, Result, TaskData, append_result, eval_transform, find_result, needed, open_task, paper_score, paper_text, pick_device,
+from .tasks import (VIEWS, Result, TaskData, append_result, check_ranks, eval_transform, find_result, needed, open_task, paper_score, paper_text, pick_device,
                                     task_row, train_transform, weights_hash)
 from ..images import Samples, guarded
 from ..multicrop import init_worker
@@ -790,6 +790,7 @@ def run_linear(
     The SGD probe goes on from its newest checkpoint, and adds a line per epoch to `metrics.jsonl`. Raises `ValueError` before anything is written for a task, model, solver,
     head or published model that does not exist, and `Preempted` after SIGTERM or SIGUSR2, when a checkpoint is written.
     """
+    check_ranks("52_linear")
     check_config(config, "linear")
     linear_settings(config, "")
     for name in ("seeds", "checkpoint_every"):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'MODELS', 'PRINTED_PROTOCOLS', 'FRACTION', 'STD', 'TFDS', 'NAN', 'VAL', 'SEEDED',
            'OOD', 'LIMITED_TASKS', 'CC_GET', 'PEOPLE', 'REVISITED', 'toy_images', 'READERS', 'NO_EPOCH', 'FAMILIES',
-           'VIEWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy', 'published_rows',
-           'model_name', 'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table', 'published',
-           'task_row', 'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message', 'draw_images',
-           'subset', 'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment',
+           'VIEWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ALONE', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy',
+           'published_rows', 'model_name', 'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table',
+           'published', 'task_row', 'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message',
+           'draw_images', 'subset', 'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment',
            'train_transform', 'check_split', 'check_task', 'main', 'drop_classifier', 'open_timm', 'open_torchvision',
-           'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model', 'weights_hash', 'Result',
-           'paper_text', 'append_result', 'read_results', 'find_result']
+           'TransformersBackbone', 'open_transformers', 'pick_device', 'check_ranks', 'open_model', 'weights_hash',
+           'Result', 'paper_text', 'append_result', 'read_results', 'find_result']
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #bc8443e0
 import argparse
@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from ..core import MetricLog, did_you_mean, stateless_rng
+from ..distributed import find_place
 from .annotations import READERS as COMPUTED_READERS
 from .readers import READERS as FILE_READERS
 from .readers import needed
@@ -794,6 +795,19 @@ def pick_device(
 ) -> str:
     "Return `name`, or if it is empty cuda where there is one and cpu elsewhere."
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+ALONE = ("52_linear", "53_knn", "54_lowshot", "56_robustness")   # pages whose run is one process
+
+
+def check_ranks(
+    page: str,       # e.g. 52_linear
+    ranks: int = 0,  # processes that shall run it; 0: as many as were started with this one
+):
+    "Raise `ValueError` if a page that runs on one process shall run on several."
+    ranks = ranks or find_place().world_size
+    if page in ALONE and ranks > 1:
+        raise ValueError(f"nbs/evaluate/{page}.ipynb runs on one process, not on {ranks}: give it one GPU; 51_features extracts on many, 55_finetune trains on many")
 
 
 MODEL_KINDS = ("seer", "random", "timm", "torchvision", "transformers")
