@@ -414,6 +414,17 @@ def test_bad_configurations_leave_no_folder(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_a_wrong_root_or_kind_of_labels_leaves_no_folder(tmp_path, monkeypatch):
+    "The folder is there for the corrected config; several labels per image are refused before the first pass."
+    table = torch.zeros(40, 20, dtype=torch.int8)
+    for run, config in ((linear.run_linear, linear.LinearConfig(task="dtd")), (linear.run_linear, linear.LinearConfig(task="dtd", solver="sgd")), (knn.run_knn, knn.KnnConfig(task="dtd"))):
+        with pytest.raises(FileNotFoundError, match="where to get it"): run(dataclasses.replace(config, run_dir=str(tmp_path / "run"), root=str(tmp_path / "nowhere")))
+    for module, run, config in ((linear, linear.run_linear, linear.LinearConfig), (knn, knn.run_knn, knn.KnnConfig)):
+        monkeypatch.setattr(module, "open_task", lambda slug, root, split, n: tasks.TaskData(slug, split, "ab", table, None))
+        with pytest.raises(ValueError, match="label.* per image"): run(config(run_dir=str(tmp_path / "run"), task="voc07"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_page_of_one_process_refuses_many(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items(): monkeypatch.setenv(name, value)
     for run, config in ((linear.run_linear, linear.LinearConfig), (knn.run_knn, knn.KnnConfig), (lowshot.run_lowshot, lowshot.LowShotConfig), (robustness.run_robustness, robustness.RobustnessConfig)):
