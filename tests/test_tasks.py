@@ -283,6 +283,11 @@ def test_published_architectures(spec, dim):
     with torch.inference_mode(): assert model(torch.zeros(2, 3, 224, 224)).shape == (2, dim)
 
 
+def test_timm_weights_that_do_not_exist():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="no weights 'resnet18.a1_in1'.*did you mean 'resnet18.a1_in1k'"): tasks.open_model("timm:resnet18.a1_in1", pretrained=False)
+
+
 def test_timm_brings_its_own_pixel_statistics():
     pytest.importorskip("timm")
     assert tasks.open_model("timm:vit_tiny_patch16_224", pretrained=False).preprocess.mean == (0.5, 0.5, 0.5)
@@ -303,7 +308,7 @@ def test_transformers_from_a_local_folder(tmp_path):
 
 def test_open_model_refuses():
     for spec, message in {"regnety_toy": "write KIND:NAME", "random:": "write KIND:NAME", "tim:resnet18": "did you mean 'timm'",
-                          "random:regnety_to": "did you mean 'regnety_toy'", "torchvision:resnet19": "did you mean 'resnet18'"}.items():
+                          "random:regnety_to": "did you mean 'regnety_toy'", "torchvision:resnet19": "did you mean 'resnet18'", "seer": "'seer' is not a model: write"}.items():
         with pytest.raises(ValueError, match=message): tasks.open_model(spec)
 
 

@@ -271,8 +271,12 @@ def sweep_l2(
     share: float = 0.2,      # of the samples that validate
     seed: int = 0,           # of the split
 ) -> tuple:
-    "Return the best penalty on held-out samples, and the validation accuracy of each, as a dict from strong to weak."
+    """Return the best penalty on held-out samples, and the validation accuracy of each, as a dict from strong to weak.
+
+    Raises `ValueError` if no class has a second sample, which could be held out.
+    """
     fitting, validation = (part.to(labels.device) for part in stratified_split(labels, share, seed))
+    if not len(validation): raise ValueError("every class has one sample only: none is left to choose the penalty with; use more training images")
     x, y, fit, accuracies = features[fitting], labels[fitting], None, {}
     bound = curvature_bound(x) if x.shape[1] <= 4096 else None
     for l2 in sorted(grid, reverse=True):

@@ -289,7 +289,7 @@ add(real("ucf101", "UCF-101, middle frames", 101, 9_537, 3_783, "warp", "video",
 # %% ../../nbs/evaluate/50_tasks.ipynb #e9ae818e
 add(real("euro_sat", "EuroSAT, RGB", 10, 10_000, 5_000, "whole", "specialised", "by rule; 27,000 in all: TFDS", "2750/CLASS/*.jpg",
          "github.com/phelber/EuroSAT: EuroSAT.zip", "MIT",
-         "images 1 to 1000 of each class train, the next 500 test"),
+         "the first 1000 of each class in alphabetical order train, the next 500 test"),
     real("resisc45", "NWPU-RESISC45", 45, 25_200, 6_300, "whole", "specialised", "by rule; 31,500 in all: TFDS", "NWPU-RESISC45/CLASS/*.jpg",
          "by hand, from the authors' OneDrive", "research",
          "80 % / 20 % of each class, random.Random(42)"),
@@ -750,6 +750,8 @@ def open_timm(name, pretrained):
     "Open a timm model as a backbone; also returns its pixel mean and standard deviation."
     timm = needed("timm")
     if name.split(".")[0] not in timm.list_models(): raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    try: timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError: raise ValueError(f"timm has no weights {name!r}{did_you_mean(name, timm.list_pretrained())}") from None
     model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
@@ -827,7 +829,7 @@ def open_model(
     """
     kind, colon, name = spec.partition(":")
     if kind not in MODEL_KINDS or not colon or not name:
-        raise ValueError(f"{spec!r} is not a model{did_you_mean(kind, MODEL_KINDS)}: write KIND:NAME, KIND one of {', '.join(MODEL_KINDS)}")
+        raise ValueError(f"{spec!r} is not a model{'' if kind in MODEL_KINDS else did_you_mean(kind, MODEL_KINDS)}: write KIND:NAME, KIND one of {', '.join(MODEL_KINDS)}")
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
