@@ -14,6 +14,7 @@ import ast
 import asyncio
 import contextlib
 import dataclasses
+import glob
 import html
 import inspect
 import json
@@ -92,7 +93,9 @@ def check_run(
     ranks: int = 1,  # processes that will run it
 ):
     "Return the notebook's parameters; those of a pretraining as `PretrainConfig`. Raises `ValueError`, `TypeError` or `FileNotFoundError` for what the run would stumble over."
+    from seer_nb.evaluate.tasks import check_ranks
     from seer_nb.trainer import PretrainConfig
+    check_ranks(Path(notebook).stem, ranks)
     config = make_config(parameters_of(notebook), params)
     names = [f.name for f in dataclasses.fields(PretrainConfig)]
     if names == list(vars(config)):
@@ -696,23 +699,30 @@ def _collect(folder):
     "Collect the results of a suite and print them; return 1 if a run is not done."
     unfinished = collect_results(folder)
     for name, reason in unfinished.items(): print(f"{name:24} {reason}")
-    print(f"\n{results_table(*sorted(Path(folder).glob('*/results.jsonl')))}\n\n{Path(folder) / 'results.jsonl'}")
+    results = Path(folder) / "results.jsonl"
+    print(f"\n{results_table(*sorted(Path(folder).glob('*/results.jsonl')))}\n\n{results}")
+    if any({"task", "protocol", "settings"} <= set(row) for row in MetricLog(results).rows()):
+        pattern = re.sub(r"\s", "?", glob.escape(str(results)))                 # the page takes patterns with spaces between them
+        print(f"side by side with the paper: python -m seer_nb.launch nbs/evaluate/69_scoreboard.ipynb -p results {shlex.quote(pattern)}")
     return int(bool(unfinished))
 
 # %% ../nbs/43_launch.ipynb #bec05407
 def _suite(words):
-    "Return the words of `main` for a suite."
+    "Return the words of `main` for a suite. Raises `ValueError` for a task that does not exist or that another page reads."
+    from seer_nb.evaluate.tasks import task_row
     parser = argparse.ArgumentParser(prog="python -m seer_nb.launch suite", description="Evaluate a model on many tasks, as one array. Every other option is that of a notebook.")
     parser.add_argument("--model", required=True, help="as in evaluate.tasks.open_model, e.g. seer:PATH or timm:NAME")
     parser.add_argument("--tasks", required=True, metavar="TASK,TASK,…", help="slugs of evaluate.tasks.TASKS")
     parser.add_argument("--root", default="", help="folder that holds the data sets")
     parser.add_argument("--protocol", default="linear", help="the page that evaluates: nbs/evaluate/*_PROTOCOL.ipynb (default: linear)")
+    parser.add_argument("-f", "--file", default="", metavar="PRESET.yaml", help="parameters of all runs")
     args, rest = parser.parse_known_args(words)
-    pages = list(Path("nbs/evaluate").glob(f"*_{re.sub(r'[^a-z]', '', args.protocol)}.ipynb"))
+    pages, rows = list(Path("nbs/evaluate").glob(f"*_{re.sub(r'[^a-z_]', '', args.protocol)}.ipynb")), [task_row(slug.strip()) for slug in args.tasks.split(",")]
     if len(pages) != 1: raise ValueError(f"no page nbs/evaluate/*_{args.protocol}.ipynb below the current folder: start in the project's top folder")
-    if not {"-f", "--file"} & set(rest) and not all(task.startswith("toy_") for task in args.tasks.split(",")):
-        raise ValueError(f"the defaults of {pages[0]} are for toy tasks: give a preset, e.g. -f nbs/params/{args.protocol}/seer_128gf.yaml")
-    return [str(pages[0]), "--array", "task", args.tasks, "-p", "model", args.model, "-p", "root", args.root, *rest]
+    if strange := [row for row in rows if row.page not in ("", pages[0].stem)]: raise ValueError(f"{pages[0]} cannot read {strange[0].slug}: nbs/evaluate/{strange[0].page}.ipynb does")
+    if not args.file and not all(row.slug.startswith("toy_") for row in rows):
+        raise ValueError(f"the defaults of {pages[0]} are for toy tasks: give a preset, e.g. -f nbs/params/{notebook_name(pages[0])}/seer_128gf.yaml")
+    return [str(pages[0]), "-f", args.file, "--array", "task", ",".join(row.slug for row in rows), "-p", "model", args.model, "-p", "root", args.root, *rest]
 
 # %% ../nbs/43_launch.ipynb #0484cbcf
 def main(

@@ -267,11 +267,32 @@ def test_a_suite_is_an_array_of_tasks(tmp_path, capsys, monkeypatch):
     assert launch.main(words) == 0
     out = capsys.readouterr().out
     assert "--array=0-1%2" in out and "'task': 'toy_scenes'" in out and "#SBATCH --job-name=knn" in out
-    assert launch.main(["suite", "--model", "m", "--tasks", "t", "--protocol", "knm"]) == 2 and "no page nbs/evaluate/*_knm.ipynb" in capsys.readouterr().err
+    assert launch.main([*words, "--gpus-per-node", "8"]) == 2 and "runs on one process, not on 8" in capsys.readouterr().err
+    spaced = [word.replace(",", ", ") for word in words]
+    assert launch.main([*spaced, "--file=nbs/params/knn/smoke.yaml"]) == 0 and f"{tmp_path / 'toy_scenes'}  {{" in capsys.readouterr().out
+    assert launch.main(["suite", "--model", "m", "--tasks", "toy_digits", "--protocol", "knm"]) == 2 and "no page nbs/evaluate/*_knm.ipynb" in capsys.readouterr().err
     assert launch.main(["suite", "--model", "m", "--tasks", "toy_digits,dtd"]) == 2 and "give a preset" in capsys.readouterr().err
+    for tasks, protocol, problem in [("toy_cont,toy_scenes", "knn", "did you mean 'toy_count'"), ("toy_digits,", "knn", "no task ''"), ("toy_people", "linear", "60_fairness_labels.ipynb does"),
+                                     ("toy_people", "fairness_geography", "61_fairness_geography.ipynb cannot read toy_people")]:
+        assert launch.main(["suite", "--model", "m", "--tasks", tasks, "--protocol", protocol, "--dry-run"]) == 2 and problem in capsys.readouterr().err
+    assert launch.main(["suite", "--model", "m", "--tasks", "toy_people", "--protocol", "fairness_labels", "-p", "run_dir", str(tmp_path), "--dry-run"]) == 0
+    assert launch.main(["suite", "--model", "m", "--tasks", "dtd", "--file=nbs/params/linear/seer_128gf.yaml", "-p", "run_dir", str(tmp_path), "--dry-run"]) == 0
     monkeypatch.chdir(tmp_path)
     assert launch.main(words) == 2 and "top folder" in capsys.readouterr().err
     assert launch.main(["collect", str(tmp_path)]) == 2 and "holds no runs" in capsys.readouterr().err
+
+
+def test_what_a_suite_leaves_is_what_the_scoreboard_reads(tmp_path, capsys):
+    from seer_nb.evaluate import scoreboard
+    from seer_nb.evaluate.tasks import Result, append_result
+    folder = tmp_path / "a suite [1]"
+    for task in ("toy_digits", "toy_count"):
+        append_result(folder / task / "results.jsonl", Result(task, "m", "knn", {"k": 20, "weights": "w"}, "top-1", 0.5, 0.4, 0.6, 100, 1.0, 0.1, None, "", 0, {}))
+        (folder / task / "job.json").write_text("{}")
+    launch.main(["collect", str(folder)])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (TOP / words[-4]).is_file() and words[-3:-1] == ["-p", "results"]
+    assert {r.task for r in scoreboard.collect_results(words[-1])} == {"toy_digits", "toy_count"}
 
 
 # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

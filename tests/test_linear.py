@@ -138,6 +138,10 @@ def test_stratified_split():
     assert not torch.equal(second, linear.stratified_split(labels, 0.2, seed=4)[1])
 
 
+def test_a_penalty_cannot_be_chosen_without_a_second_sample():
+    with pytest.raises(ValueError, match="one sample only"): linear.sweep_l2(torch.randn(4, 3), torch.arange(4), 4, [1e-3, 1.0])
+
+
 def toy_maps(n=96, seed=0):
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 4, (n,), generator=g)

@@ -124,5 +124,14 @@ def test_measure(metric):
     assert (value, low, high) == metrics.measure(metric, scores, labels, n_resamples=100)
 
 
+@pytest.mark.parametrize("metric, shape, expected", [("mAP", (125_436, 9_605), 40), ("mAP", (50_000, 800), 100), ("mAP", (4_952, 20), 1000), ("macro-F1", (50_000, 1000), 1000)])
+def test_a_large_table_is_resampled_less(metric, shape, expected, monkeypatch):
+    drawn = []
+    monkeypatch.setitem(metrics.METRICS, metric, lambda scores, labels: 0.5)
+    monkeypatch.setattr(metrics, "bootstrap_interval", lambda *args, n_resamples, seed: (drawn.append(n_resamples), (0.4, 0.6))[1])
+    zeros = torch.zeros(1, 1).expand(shape)                       # takes no memory
+    assert metrics.measure(metric, zeros, zeros) == (0.5, 0.4, 0.6) and drawn == [expected]
+
+
 def test_the_linear_page_still_offers_them():
     assert linear.top_k_accuracy is metrics.top_k_accuracy and linear.bootstrap_interval is metrics.bootstrap_interval

@@ -71,7 +71,8 @@ def module_of(file):
     return ".".join(["seer_nb", *Path(file).parent.parts, notebook_name(file)])
 
 
-BACK = {("seer_nb.images", "seer_nb.toyworld"), ("seer_nb.images", "seer_nb.shards")}   # open_images("toyworld:N") and ("x.tar") look ahead
+BACK = {("seer_nb.images", "seer_nb.toyworld"), ("seer_nb.images", "seer_nb.shards"),   # open_images("toyworld:N") and ("x.tar") look ahead
+        ("seer_nb.launch", "seer_nb.evaluate.tasks")}                                       # a suite looks at its tasks
 NUMBER = {module_of(f): int(Path(f).name[:2]) for f in FILES if Path(f).name[:2].isdigit()}
 # Read after the trainer, imported by it: what many processes need uses nothing of a run.
 NUMBER |= {"seer_nb.distributed": 31.1, "seer_nb.sharding": 31.2, "seer_nb.checkpoints": 31.3}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from seer_nb.evaluate import features, knn, linear, scoreboard, tasks
+from seer_nb.evaluate import features, knn, linear, lowshot, robustness, scoreboard, tasks
 from seer_nb.evaluate.readers import Listing
 from seer_nb.toyworld import TOY_TASKS, toy_task
 
@@ -283,6 +283,11 @@ def test_published_architectures(spec, dim):
     with torch.inference_mode(): assert model(torch.zeros(2, 3, 224, 224)).shape == (2, dim)
 
 
+def test_timm_weights_that_do_not_exist():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="no weights 'resnet18.a1_in1'.*did you mean 'resnet18.a1_in1k'"): tasks.open_model("timm:resnet18.a1_in1", pretrained=False)
+
+
 def test_timm_brings_its_own_pixel_statistics():
     pytest.importorskip("timm")
     assert tasks.open_model("timm:vit_tiny_patch16_224", pretrained=False).preprocess.mean == (0.5, 0.5, 0.5)
@@ -303,7 +308,7 @@ def test_transformers_from_a_local_folder(tmp_path):
 
 def test_open_model_refuses():
     for spec, message in {"regnety_toy": "write KIND:NAME", "random:": "write KIND:NAME", "tim:resnet18": "did you mean 'timm'",
-                          "random:regnety_to": "did you mean 'regnety_toy'", "torchvision:resnet19": "did you mean 'resnet18'"}.items():
+                          "random:regnety_to": "did you mean 'regnety_toy'", "torchvision:resnet19": "did you mean 'resnet18'", "seer": "'seer' is not a model: write"}.items():
         with pytest.raises(ValueError, match=message): tasks.open_model(spec)
 
 
@@ -412,6 +417,26 @@ def test_bad_configurations_leave_no_folder(tmp_path):
                         (knn.run_knn, knn.KnnConfig(model="random:x")), (knn.run_knn, knn.KnnConfig(temperature=0.0))]:
         with pytest.raises(ValueError): run(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
         assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_root_or_kind_of_labels_leaves_no_folder(tmp_path, monkeypatch):
+    "The folder is there for the corrected config; several labels per image are refused before the first pass."
+    table = torch.zeros(40, 20, dtype=torch.int8)
+    for run, config in ((linear.run_linear, linear.LinearConfig(task="dtd")), (linear.run_linear, linear.LinearConfig(task="dtd", solver="sgd")), (knn.run_knn, knn.KnnConfig(task="dtd"))):
+        with pytest.raises(FileNotFoundError, match="where to get it"): run(dataclasses.replace(config, run_dir=str(tmp_path / "run"), root=str(tmp_path / "nowhere")))
+    for module, run, config in ((linear, linear.run_linear, linear.LinearConfig), (knn, knn.run_knn, knn.KnnConfig)):
+        monkeypatch.setattr(module, "open_task", lambda slug, root, split, n: tasks.TaskData(slug, split, "ab", table, None))
+        with pytest.raises(ValueError, match="label.* per image"): run(config(run_dir=str(tmp_path / "run"), task="voc07"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_page_of_one_process_refuses_many(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items(): monkeypatch.setenv(name, value)
+    for run, config in ((linear.run_linear, linear.LinearConfig), (knn.run_knn, knn.KnnConfig), (lowshot.run_lowshot, lowshot.LowShotConfig), (robustness.run_robustness, robustness.RobustnessConfig)):
+        with pytest.raises(ValueError, match="runs on one process, not on 2.*51_features"): run(config(run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    tasks.check_ranks("55_finetune")                             # trains on many
+    assert all((TOP / f"nbs/evaluate/{page}.ipynb").is_file() for page in tasks.ALONE)
 
 
 def test_scoreboard_groups_seeds_and_keeps_kinds_apart():

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLACES', 'CLAIM', 'eval_mode', 'read_tap', 'tapped_module', 'pooled', 'tap_features', 'UnitLength', 'Headed',
            'open_tapped', 'read_view', 'view_image', 'image_name', 'sized', 'feature_batches', 'extract_taps',
-           'extract_features', 'TaskFeatures', 'task_features', 'data_fingerprint', 'make_plan', 'Store', 'open_store',
-           'rows_done', 'extract', 'FeaturesConfig', 'open_backbone', 'run_features']
+           'extract_features', 'TaskFeatures', 'task_features', 'split_features', 'data_fingerprint', 'make_plan',
+           'Store', 'open_store', 'rows_done', 'extract', 'FeaturesConfig', 'open_backbone', 'run_features']
 
 # %% ../../nbs/evaluate/51_features.ipynb #a3bdea46
 import contextlib
@@ -298,10 +298,19 @@ def task_features(
     **how,                  # size, batch_size, views, workers of feature_batches
 ) -> TaskFeatures:
     "Open a task and extract the features of both splits. Raises `ValueError` for features that are not finite."
-    train, test = open_task(task, root, "train", n=n_train), open_task(task, root, "test", n=n_test)
-    x, y = (extract_features(model, data, tap=tap, **how) for data in (train, test))
-    if not (x.isfinite().all() and y.isfinite().all()): raise ValueError(f"the model gives features on {task} that are not finite: its weights are broken")
-    return TaskFeatures(task, train.classes, x, train.labels, y, test.labels, weights_hash(model))
+    return split_features(model, open_task(task, root, "train", n=n_train), open_task(task, root, "test", n=n_test), tap=tap, **how)
+
+
+def split_features(
+    model: nn.Module,       # the backbone
+    train: TaskData,
+    test: TaskData,         # of the same task
+    **how,                  # of extract_features
+) -> TaskFeatures:
+    "Extract the features of two splits that are open. Raises `ValueError` for features that are not finite."
+    x, y = (extract_features(model, data, **how) for data in (train, test))
+    if not (x.isfinite().all() and y.isfinite().all()): raise ValueError(f"the model gives features on {train.slug} that are not finite: its weights are broken")
+    return TaskFeatures(train.slug, train.classes, x, train.labels, y, test.labels, weights_hash(model))
 
 # %% ../../nbs/evaluate/51_features.ipynb #a0cb7e9d
 def data_fingerprint(

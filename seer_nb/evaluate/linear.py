@@ -9,7 +9,8 @@ __all__ = ['RECIPES', 'PUBLISHED_HEADS', 'logistic_loss', 'standardize', 'quasi_
            'head_loss', 'decay_groups', 'training_state', 'train_heads', 'head_scores', 'take', 'epoch_rows',
            'cached_batches', 'fold_taps', 'choose_head', 'split_rows', 'probe_heads', 'frozen_maps', 'view_pair',
            'trunk_batches', 'Keeper', 'keeping', 'LinearConfig', 'config_recipe', 'linear_settings', 'make_record',
-           'check_config', 'score_lbfgs', 'score_sgd', 'score_linear', 'linear_result', 'run_linear', 'prepare_probe']
+           'check_config', 'check_one_label', 'score_lbfgs', 'score_sgd', 'score_linear', 'linear_result', 'run_linear',
+           'open_splits', 'prepare_probe']
 
 # %% ../../nbs/evaluate/52_linear.ipynb #92aa883a
 import contextlib
@@ -29,10 +30,10 @@ from torch import nn
 from ..checkpoints import Checkpoint, CheckpointManager
 from ..core import MetricLog, RunDir, make_config, stateless_rng, write_atomic
 from ..distributed import Preempted, StopRequest
-from .features import TaskFeatures, extract, open_tapped, read_tap, tap_features, tapped_module, task_features
+from .features import TaskFeatures, extract, open_tapped, read_tap, split_features, tap_features, tapped_module, task_features
 from .metrics import (METRICS, average_precision, bootstrap_interval, mean_average_precision, mean_interval, mean_per_class_accuracy,
                                       measure, top_k_accuracy, top_k_hits)
-from .tasks import (VIEWS, Result, TaskData, append_result, eval_transform, find_result, needed, open_task, paper_score, paper_text, pick_device,
+from .tasks import (VIEWS, Result, TaskData, append_result, check_ranks, eval_transform, find_result, needed, open_task, paper_score, paper_text, pick_device,
                                     task_row, train_transform, weights_hash)
 from ..images import Samples, guarded
 from ..multicrop import init_worker
@@ -270,8 +271,12 @@ def sweep_l2(
     share: float = 0.2,      # of the samples that validate
     seed: int = 0,           # of the split
 ) -> tuple:
-    "Return the best penalty on held-out samples, and the validation accuracy of each, as a dict from strong to weak."
+    """Return the best penalty on held-out samples, and the validation accuracy of each, as a dict from strong to weak.
+
+    Raises `ValueError` if no class has a second sample, which could be held out.
+    """
     fitting, validation = (part.to(labels.device) for part in stratified_split(labels, share, seed))
+    if not len(validation): raise ValueError("every class has one sample only: none is left to choose the penalty with; use more training images")
     x, y, fit, accuracies = features[fitting], labels[fitting], None, {}
     bound = curvature_bound(x) if x.shape[1] <= 4096 else None
     for l2 in sorted(grid, reverse=True):
@@ -732,12 +737,17 @@ def check_config(
     paper_score(config.task, config.paper_model, protocol)
 
 # %% ../../nbs/evaluate/52_linear.ipynb #bc97a270
+def check_one_label(task, labels):
+    "Raise `ValueError` for a table of several labels per image."
+    if labels.ndim > 1: raise ValueError(f"{task} has several labels per image: use solver: sgd")
+
+
 def score_lbfgs(
     features: TaskFeatures,
     config: LinearConfig,
 ) -> tuple:
     "Sweep the penalty and fit; return the test scores `[M, C]` and what was found on the way. Raises `ValueError` for tasks with several labels per image."
-    if features.train_labels.ndim > 1: raise ValueError(f"{features.task} has several labels per image: use solver: sgd")
+    check_one_label(features.task, features.train_labels)
     device, C = pick_device(config.device), len(features.classes)
     x, x_test = standardize(features.train_features.to(device).float(), features.test_features.to(device).float())
     y, grid = features.train_labels.to(device), np.geomspace(config.l2_low, config.l2_high, config.l2_count).tolist()
@@ -790,6 +800,7 @@ def run_linear(
     The SGD probe goes on from its newest checkpoint, and adds a line per epoch to `metrics.jsonl`. Raises `ValueError` before anything is written for a task, model, solver,
     head or published model that does not exist, and `Preempted` after SIGTERM or SIGUSR2, when a checkpoint is written.
     """
+    check_ranks("52_linear")
     check_config(config, "linear")
     linear_settings(config, "")
     for name in ("seeds", "checkpoint_every"):
@@ -801,8 +812,9 @@ def run_linear(
     runs = [dataclasses.replace(config, seed=seed) for seed in range(config.seed, config.seed + config.seeds)]
     done = {c.seed: find_result(run.results, task=config.task, model=config.model, settings=settings, seed=c.seed) for c in runs}
     if all(done.values()): return done[config.seed]
+    data = open_splits(config)
     run.begin(config, may_change=("seeds", "workers", "extract_batch", "device", "checkpoint_every"))
-    probe, labels = prepare_probe(config, model, run)
+    probe, labels = prepare_probe(config, model, data, run)
     with keeping(run, config.checkpoint_every) if config.solver == "sgd" else contextlib.nullcontext() as keep:
         for c in (c for c in runs if not done[c.seed]):
             start = time.perf_counter()
@@ -815,17 +827,26 @@ def run_linear(
     return done[config.seed]
 
 
+def open_splits(
+    config: LinearConfig,
+) -> dict:
+    "Open the `train` and the `test` images. Raises `ValueError` for several labels per image where the solver takes one, and what `open_task` raises."
+    data = {split: open_task(config.task, config.root, split, n=n) for split, n in (("train", config.train_images), ("test", config.test_images))}
+    if config.solver == "lbfgs": check_one_label(config.task, data["train"].labels)
+    return data
+
+
 def prepare_probe(
     config: LinearConfig,
     model: nn.Module,
+    data: dict,            # of open_splits
     run: RunDir,           # memory-mapped features go into its folder, unless the config names another one
 ) -> tuple:
     "Read the images once; return probe(config, keep) -> (scores, details), and the labels of the test images."
     sizes = dict(size=config.image_size, batch_size=config.extract_batch, workers=config.workers)
     if config.solver == "lbfgs":
-        features = task_features(model, config.task, config.root, n_train=config.train_images, n_test=config.test_images, **sizes)
+        features = split_features(model, data["train"], data["test"], **sizes)
         return lambda c, keep: score_lbfgs(features, c), features.test_labels
-    data = {split: open_task(config.task, config.root, split, n=n) for split, n in (("train", config.train_images), ("test", config.test_images))}
     taps = list(dict.fromkeys(read_head(head)[0] for head in config.heads.split()))
     held_out = config.choose == "validation" and len(config.heads.split()) > 1
     stored = data if held_out or not config.augment else {"test": data["test"]}      # new views need no features of the training images

@@ -24,7 +24,7 @@ from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, w
 from . import metrics
 from .features import TaskFeatures, extract_features, open_tapped, read_tap
 from .linear import LinearConfig, bootstrap_interval, score_linear, top_k_accuracy
-from .tasks import (LIMITED_TASKS, ROWS, Result, TaskData, append_result, draw_images, find_result, open_model, open_task, paper_score,
+from .tasks import (LIMITED_TASKS, ROWS, Result, TaskData, append_result, check_ranks, draw_images, find_result, open_model, open_task, paper_score,
                                     paper_text, pick_device, subset, task_row, weights_hash)
 
 # %% ../../nbs/evaluate/54_lowshot.ipynb #299b4eeb
@@ -439,6 +439,7 @@ def run_lowshot(
     A result that is already there for the same settings and weights is not measured again. Raises `ValueError` before anything is written for a task, model, protocol or published model that does
     not exist, and for samples larger than the training set has images.
     """
+    check_ranks("54_lowshot")
     paper_score(result_task(config, "svm"), config.paper_model, "svm")
     lowshot_jobs(config, "")
     read_tap(config.tap)

@@ -29,7 +29,7 @@ from ..core import RunDir, did_you_mean, make_config, stateless_rng, write_atomi
 from .features import extract_features, open_tapped, read_tap, sized, tap_features, tapped_module
 from .linear import check_config, fit_logistic, standardize, sweep_l2
 from .metrics import calibration_error, confidence_bins, mean_interval, top_k_hits
-from .tasks import (Result, append_result, find_result, needed, open_model, open_task, paper_score, pick_device, published_rows, task_row,
+from .tasks import (Result, append_result, check_ranks, find_result, needed, open_model, open_task, paper_score, pick_device, published_rows, task_row,
                                     weights_hash)
 from ..weights import Preprocess, load_backbone, load_checkpoint, load_classifier
 
@@ -542,6 +542,7 @@ def run_robustness(
     A result that is already there for the same settings and weights is returned; passes over corrupted images that are done are not made again.
     Raises `ValueError` before anything is written for a task, model, corruption or published model that does not exist.
     """
+    check_ranks("56_robustness")
     check_config(config, "corruption" if corruption_names(config.corruptions) else "robustness")
     if config.probe and config.probe_task: raise ValueError("give probe or probe_task, not both")
     test = open_task(config.task, config.root, "test", n=config.test_images)

@@ -64,7 +64,7 @@ def collect_results(
     found = {}
     for pattern in patterns.split():
         paths = sorted(glob.glob(pattern, recursive=True), key=os.path.getmtime)
-        if not paths: raise FileNotFoundError(f"no file matches {pattern!r}: give the results.jsonl of a run, e.g. runs/*/*/results.jsonl")
+        if not paths: raise FileNotFoundError(f"no file matches {pattern!r}: give the results.jsonl of a run, e.g. runs/**/results.jsonl")
         found |= {path: read_results(path) for path in paths}
     return [result for rows in found.values() for result in rows]
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TOY_LICENCE', 'ROWS', 'BENCHMARKS', 'MODELS', 'PRINTED_PROTOCOLS', 'FRACTION', 'STD', 'TFDS', 'NAN', 'VAL', 'SEEDED',
            'OOD', 'LIMITED_TASKS', 'CC_GET', 'PEOPLE', 'REVISITED', 'toy_images', 'READERS', 'NO_EPOCH', 'FAMILIES',
-           'VIEWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy', 'published_rows',
-           'model_name', 'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table', 'published',
-           'task_row', 'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message', 'draw_images',
-           'subset', 'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment',
+           'VIEWS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ALONE', 'MODEL_KINDS', 'Task', 'toy_row', 'is_toy',
+           'published_rows', 'model_name', 'printed_protocol', 'paper_scores', 'real', 'add', 'again', 'task_table',
+           'published', 'task_row', 'printed_as', 'paper_score', 'TaskData', 'task_folder', 'missing_message',
+           'draw_images', 'subset', 'open_task', 'Family', 'TaskPreprocess', 'task_family', 'eval_transform', 'augment',
            'train_transform', 'check_split', 'check_task', 'main', 'drop_classifier', 'open_timm', 'open_torchvision',
-           'TransformersBackbone', 'open_transformers', 'pick_device', 'open_model', 'weights_hash', 'Result',
-           'paper_text', 'append_result', 'read_results', 'find_result']
+           'TransformersBackbone', 'open_transformers', 'pick_device', 'check_ranks', 'open_model', 'weights_hash',
+           'Result', 'paper_text', 'append_result', 'read_results', 'find_result']
 
 # %% ../../nbs/evaluate/50_tasks.ipynb #bc8443e0
 import argparse
@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from ..core import MetricLog, did_you_mean, stateless_rng
+from ..distributed import find_place
 from .annotations import READERS as COMPUTED_READERS
 from .readers import READERS as FILE_READERS
 from .readers import needed
@@ -288,7 +289,7 @@ add(real("ucf101", "UCF-101, middle frames", 101, 9_537, 3_783, "warp", "video",
 # %% ../../nbs/evaluate/50_tasks.ipynb #e9ae818e
 add(real("euro_sat", "EuroSAT, RGB", 10, 10_000, 5_000, "whole", "specialised", "by rule; 27,000 in all: TFDS", "2750/CLASS/*.jpg",
          "github.com/phelber/EuroSAT: EuroSAT.zip", "MIT",
-         "images 1 to 1000 of each class train, the next 500 test"),
+         "the first 1000 of each class in alphabetical order train, the next 500 test"),
     real("resisc45", "NWPU-RESISC45", 45, 25_200, 6_300, "whole", "specialised", "by rule; 31,500 in all: TFDS", "NWPU-RESISC45/CLASS/*.jpg",
          "by hand, from the authors' OneDrive", "research",
          "80 % / 20 % of each class, random.Random(42)"),
@@ -749,6 +750,8 @@ def open_timm(name, pretrained):
     "Open a timm model as a backbone; also returns its pixel mean and standard deviation."
     timm = needed("timm")
     if name.split(".")[0] not in timm.list_models(): raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    try: timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError: raise ValueError(f"timm has no weights {name!r}{did_you_mean(name, timm.list_pretrained())}") from None
     model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
@@ -796,6 +799,19 @@ def pick_device(
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+ALONE = ("52_linear", "53_knn", "54_lowshot", "56_robustness")   # pages whose run is one process
+
+
+def check_ranks(
+    page: str,       # e.g. 52_linear
+    ranks: int = 0,  # processes that shall run it; 0: as many as were started with this one
+):
+    "Raise `ValueError` if a page that runs on one process shall run on several."
+    ranks = ranks or find_place().world_size
+    if page in ALONE and ranks > 1:
+        raise ValueError(f"nbs/evaluate/{page}.ipynb runs on one process, not on {ranks}: give it one GPU; 51_features extracts on many, 55_finetune trains on many")
+
+
 MODEL_KINDS = ("seer", "random", "timm", "torchvision", "transformers")
 
 
@@ -813,7 +829,7 @@ def open_model(
     """
     kind, colon, name = spec.partition(":")
     if kind not in MODEL_KINDS or not colon or not name:
-        raise ValueError(f"{spec!r} is not a model{did_you_mean(kind, MODEL_KINDS)}: write KIND:NAME, KIND one of {', '.join(MODEL_KINDS)}")
+        raise ValueError(f"{spec!r} is not a model{'' if kind in MODEL_KINDS else did_you_mean(kind, MODEL_KINDS)}: write KIND:NAME, KIND one of {', '.join(MODEL_KINDS)}")
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
