@@ -15,7 +15,7 @@ from seer_nb.evaluate import linear
 from seer_nb.evaluate.annotations import Claims
 from seer_nb.evaluate.features import TaskFeatures, extract, extract_taps
 from seer_nb.evaluate.metrics import measure
-from seer_nb.evaluate.tasks import ROWS, TaskData, open_model, open_task, read_results, weights_hash
+from seer_nb.evaluate.tasks import ROWS, TaskData, open_model, open_task, read_results, train_transform, weights_hash
 from seer_nb.images import BadImage
 from seer_nb.monitor import describe, read_run
 
@@ -280,9 +280,9 @@ def test_the_backbone_stays_frozen_and_views_are_a_function_of_seed_image_epoch(
     heads = linear.make_heads(("avgpool/eval_mlp",), {"avgpool": first}, 5)
     linear.train_heads(heads, batches, linear.Recipe(epochs=1, batch_size=8, lr=1.0))
     assert weights_hash(model) == before and not model.training
-    crop, image = linear.training_view("toy_count", "crop", model.preprocess, 64), data.read(0)
+    crop, image = train_transform("toy_count", model.preprocess, 64, "crop"), data.read(0)
     assert not torch.equal(crop(image, 0, 0, 0), crop(image, 0, 1, 0))
-    assert torch.equal(linear.training_view("toy_count", "task", model.preprocess, 64)(image, 0, 0, 0), image)      # directions matter there
+    assert torch.equal(train_transform("toy_count", model.preprocess, 64)(image, 0, 0, 0), image)      # directions matter there
 
 
 def toy_features(n=300, classes=4):

@@ -274,7 +274,7 @@ def extract_features(
     "Return the features of all images at one tap, float32 `[N, D]` on the CPU. Raises `ValueError` for a model whose output is not `[B, D]`."
     return extract_taps(model, images, [tap], **how)[tap]
 
-# %% ../../nbs/evaluate/51_features.ipynb #40ad5962
+# %% ../../nbs/evaluate/51_features.ipynb #a9b9a987
 @dataclasses.dataclass(frozen=True)
 class TaskFeatures:
     "A task as a frozen backbone sees it: what every probe starts from."
