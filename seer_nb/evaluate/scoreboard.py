@@ -6,9 +6,9 @@
 __all__ = ['BOOTSTRAP', 'PRECISION', 'KS', 'evaluate_backbone', 'collect_results', 'row_slug', 'task_group', 'same_measurement',
            'told_apart', 'score_row', 'score_table', 'readable', 'column_names', 'draw_scoreboard', 'published_table',
            'network_in', 'seer_cells', 'row_of', 'draw_cell', 'draw_cells', 'coverage', 'model_size', 'draw_scaling',
-           'markdown_table', 'html_page', 'ScoreboardConfig', 'jobs_of', 'run_scoreboard']
+           'markdown_table', 'html_page', 'ScoreboardConfig', 'beside_published', 'jobs_of', 'run_scoreboard']
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #304180eb
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #5e0e3503
 import dataclasses
 import functools
 import glob
@@ -21,12 +21,12 @@ import re
 import torch
 from torch import nn
 
-from ..core import RunDir, make_config, progress, write_atomic
+from ..core import RunDir, did_you_mean, make_config, progress, write_atomic
 from .features import task_features
 from .knn import KnnConfig, score_knn
 from .linear import LinearConfig, score_linear
-from .tasks import (BENCHMARKS, FRACTION, ROWS, Result, append_result, find_result, is_toy, model_name, needed, open_model, open_task, pick_device, printed_as,
-                                    printed_protocol, published_rows, read_results, task_row)
+from .tasks import (BENCHMARKS, FRACTION, ROWS, Result, append_result, find_result, is_toy, model_name, needed, open_model, open_task, paper_score, pick_device,
+                                    printed_as, printed_protocol, published_rows, read_results, task_row)
 from ..regnet import REGNETY, RegNetY, count_parameters
 from ..toyworld import TOY_TASKS
 from ..viz import PALETTE, set_style
@@ -56,7 +56,7 @@ def evaluate_backbone(
         results += [score_knn(features, KnnConfig(task=task, k=k, **common))[0] for k in knn]
     return results
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #b4536e7f
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #29c97242
 def collect_results(
     patterns: str,  # file names or glob patterns, separated by spaces
 ) -> list:
@@ -374,7 +374,7 @@ def html_page(
     body = "".join(f"<h2>{html.escape(title)}</h2>\n{part.to_html(index=False, escape=True)}\n" for title, part in parts.items())
     return f"<!doctype html>\n<meta charset=\"utf-8\">\n<title>Scoreboard</title>\n<style>body {{font: 14px sans-serif}} td, th {{padding: 2px 8px; text-align: left}}</style>\n{body}"
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #83078e3b
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #86129940
 @dataclasses.dataclass(frozen=True)
 class ScoreboardConfig:
     "Parameters of a scoreboard."
@@ -382,6 +382,7 @@ class ScoreboardConfig:
     seed: int = 0                      # first seed of the networks measured here
     preset: str = ""                   # name of the parameter file, for the record
     results: str = ""                  # results.jsonl to read: names or patterns separated by spaces; empty: measure model here
+    paper_model: str = ""              # published network to show beside results that name none, e.g. SEER 10B; empty: none
     model: str = "random:regnety_toy"  # backbone to measure when results is empty
     tasks: str = ""                    # slugs to measure, separated by spaces; empty: all toy tasks
     root: str = ""                     # folder that holds the data sets; toy tasks need none
@@ -393,7 +394,22 @@ class ScoreboardConfig:
     train_images: int = 0              # measure with only so many training images; 0: all
     test_images: int = 0               # measure with only so many test images; 0: all
 
-# %% ../../nbs/evaluate/69_scoreboard.ipynb #f02afde9
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #2aff28d3
+def beside_published(
+    results,           # measured
+    paper_model: str,  # published network, by its one name; empty: none
+) -> list:
+    "Give each result without a published score that of a network, where one is printed for its task and protocol. Raises `ValueError` for a network that nothing is printed of."
+    names = {model_name(row) for row in published_rows()}
+    if paper_model and paper_model not in names: raise ValueError(f"nothing is published of {paper_model!r}{did_you_mean(paper_model, names)}")
+
+    def printed(result):
+        try: paper, source = paper_score(row_slug(result), paper_model, result.protocol)
+        except ValueError: return result
+        return dataclasses.replace(result, paper=paper, paper_source=source)
+    return [printed(r) if paper_model and r.paper is None else r for r in results]
+
+# %% ../../nbs/evaluate/69_scoreboard.ipynb #a27c07ce
 KS = (20, 200)   # neighbours
 
 
@@ -422,6 +438,7 @@ def run_scoreboard(
     run = RunDir(config.run_dir, "scoreboard")
     results, jobs = collect_results(config.results) if config.results else [], [] if config.results else jobs_of(config)
     if config.results and not results: raise ValueError(f"there are no results in {config.results}")
+    beside_published([], config.paper_model)
     run.begin(config)
     how = dict(root=config.root, linear="linear" in config.protocols.split(), knn=KS if "knn" in config.protocols.split() else (), image_size=config.image_size,
                train_images=config.train_images, test_images=config.test_images, extract_batch=config.extract_batch, device=config.device)
@@ -431,7 +448,7 @@ def run_scoreboard(
         for result in evaluate_backbone(model, [task], name=config.model, seed=seed, **how):
             same = {name: getattr(result, name) for name in ("task", "protocol", "settings", "seed")}
             if not find_result(run.results, **same): append_result(run.results, result)
-    table = score_table(results if config.results else read_results(run.results))
+    table = score_table(beside_published(results if config.results else read_results(run.results), config.paper_model))
     printed = published_table()
     write_atomic(run.path / "scoreboard.csv", table.to_csv(index=False))
     write_atomic(run.path / "scoreboard.md", markdown_table(readable(table)))
