@@ -76,7 +76,8 @@ def test_a_warning_to_the_whole_job_is_heard_by_the_main_process_alone(tmp_path)
     config = dataclasses.replace(SMALL, run_dir=str(tmp_path), steps=10**6, workers=2, log_every=1, checkpoint_every=10**6)
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(config))], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-    while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None: time.sleep(0.05)
+    rows = lambda: (tmp_path / "metrics.jsonl").read_text().count("\n") if (tmp_path / "metrics.jsonl").exists() else 0
+    while rows() < 4 and process.poll() is None: time.sleep(0.05)               # the workers take turns: both have started
     os.killpg(process.pid, signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "Preempted: told to stop; step " in said and "LoaderFault" not in said, said
