@@ -205,7 +205,7 @@ def measure_parts(
             except Exception as error: missing.append(Missing(part, first_line(error)))
     return done, missing
 
-# %% ../../nbs/evaluate/68_audit.ipynb #5c059394
+# %% ../../nbs/evaluate/68_audit.ipynb #df576feb
 def percent(value) -> str:
     "Return a fraction in per cent."
     return "–" if value is None or value != value else f"{100 * value:.1f}"
@@ -246,9 +246,13 @@ def rate_tables(rates) -> list:
     return texts
 
 
-def score_section(details) -> str:
+def score_section(
+    details,  # of a Result
+    n: int,   # its test images
+) -> str:
     "Return what else a result says in numbers: damaged pictures, kinds of edits."
-    rows = [[name, percent(sum(values) / len(values)), "", ""] for name, values in details.get("corrupted", {}).items()]
+    ends = details.get("corrupted_interval", {})
+    rows = [[name, percent(sum(values) / len(values)), " to ".join(map(percent, ends.get(name, ()))), n] for name, values in details.get("corrupted", {}).items()]
     rows += [[name, percent(split["mAP"]), f"{percent(split['low'])} to {percent(split['high'])}", split["n"]] for name, split in details.get("splits", {}).items()]
     return markdown_table(["kind", "%", "95 %", "n"], rows) if rows else ""
 
@@ -285,7 +289,7 @@ def model_card(
                 headline = named_parts({"": result.details.get("rates")}, GroupRate) or rates
                 figures[f"{part.name}.png"] = png(draw_rates(next(iter(headline.values())), title=result.metric))
                 text += [f"![{plain(result.metric)} by group]({part.name}.png)", *rate_tables(rates)]
-            text += [score_section(result.details), *fine_print(result.details)]
+            text += [score_section(result.details, result.n), *fine_print(result.details)]
     silent = [[part.name, part.task, f"no label of the family {family} among the model's labels"] for part, result in done for family in result.details.get("silent", [])]
     gaps = [[m.part.name, m.part.task, m.reason] for m in missing] + silent
     text += ["## What was not measured", markdown_table(["part", "task", "why"], gaps) if gaps else "Every part that was asked for was measured.",

@@ -12,7 +12,7 @@ __all__ = ['CORRUPTIONS', 'SCALING', 'BARS', 'FINETUNED', 'MASKED', 'read_cut', 
            'score_logits', 'RobustnessConfig', 'corruption_names', 'robustness_settings', 'corrupted_hits',
            'present_classes', 'score_robustness', 'run_robustness']
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #d2a74967
+# %% ../../nbs/evaluate/56_robustness.ipynb #641b2ce3
 import copy
 import dataclasses
 import functools
@@ -496,7 +496,7 @@ def corrupted_hits(
             hits.append(np.load(path))
     return np.stack(hits).reshape(-1, 5, len(hits[0]))
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #175bed90
+# %% ../../nbs/evaluate/56_robustness.ipynb #84f72cd8
 def present_classes(
     task: str,       # slug of TASKS
     root,            # folder that holds the data sets
@@ -525,7 +525,8 @@ def score_robustness(
     values = hits.double().numpy()
     if names := corruption_names(config.corruptions):
         damaged = corrupted_hits(model, data, lambda x: score_logits(x, targets, present)[0], config, folder)
-        details |= {"clean": float(values.mean()), "corrupted": dict(zip(names, damaged.mean(2).tolist()))}
+        details |= {"clean": float(values.mean()), "corrupted": dict(zip(names, damaged.mean(2).tolist())),
+                    "corrupted_interval": {name: list(mean_interval(hits.mean(0), seed=config.seed)) for name, hits in zip(names, damaged)}}     # over the five severities
         values = damaged.mean((0, 1))
     low, high = mean_interval(values, seed=config.seed)
     result = Result(row.slug, config.model, "corruption" if names else "robustness", settings, row.metric, float(values.mean()), low, high, len(values),
@@ -533,7 +534,7 @@ def score_robustness(
                     config.seed, details)
     return result, logits
 
-# %% ../../nbs/evaluate/56_robustness.ipynb #403302e7
+# %% ../../nbs/evaluate/56_robustness.ipynb #cad18bc0
 def run_robustness(
     config: RobustnessConfig,
 ) -> Result:
