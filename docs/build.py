@@ -62,8 +62,9 @@ def sphinx_page(notebook: str, base: str):
     "Write one page of the Sphinx source from nbdev's processed notebook."
     nb = nbformat.read(TOP / "_proc" / notebook, 4)
     head = next((yaml.safe_load(c.source.strip().strip("-")) for c in nb.cells if c.cell_type == "raw"), {})
-    here = page_name(notebook)
-    title = nbformat.v4.new_markdown_cell(f"# {head.get('title', here)}\n\n*{head.get('description', '')}*")
+    here, about = page_name(notebook), head.get("description", "")
+    nb.metadata |= {"og:description": about, "myst": {"html_meta": {"description": about}}}
+    title = nbformat.v4.new_markdown_cell(f"# {head.get('title', here)}\n\n*{about}*")
     nb.cells = [title] + [new for cell in nb.cells for new in sphinx_cells(cell, here, base)]
     if here == "index": nb.cells.append(nbformat.v4.new_markdown_cell(toctree()))
     path = SOURCE / f"{here}.ipynb"
@@ -92,7 +93,7 @@ def build_with_sphinx():
     for _, notebooks in sidebar():
         for notebook in notebooks: sphinx_page(notebook, config.doc_host + config.doc_baseurl)
     (SOURCE / "_static").mkdir()
-    for path in (TOP / "nbs/styles.css", TOP / "docs/zoom.js"): shutil.copy(path, SOURCE / "_static")
+    for path in (TOP / "nbs/styles.css", TOP / "docs/zoom.js", TOP / "nbs/social.png"): shutil.copy(path, SOURCE / "_static")
     for path in (TOP / "nbs").glob("*.png"): shutil.copy(path, SOURCE)
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", TOP / "docs",
                     "-D", f"html_static_path={SOURCE / '_static'}", SOURCE, DRAFT], check=True)

@@ -20,7 +20,11 @@ html_theme_options = {
     "footer_icons": [{"name": "GitHub", "url": settings["git_url"], "html": "source", "class": ""}],
 }
 
-extensions = ["myst_nb", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinxext.opengraph"]
+ogp_site_url = f"{settings['doc_host']}{settings['doc_baseurl']}/"
+ogp_site_name, ogp_image, ogp_image_alt = project, f"{ogp_site_url}_static/social.png", settings["description"]
+ogp_social_cards = {"enable": False}                               # one picture for all pages, docs/social.py
+ogp_custom_meta_tags = ('<meta name="twitter:card" content="summary_large_image" />',)
 nb_execution_mode = "off"          # the pages show the outputs stored in the notebooks
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]

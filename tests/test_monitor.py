@@ -282,7 +282,7 @@ def jupyter(folder, **env):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    "Open a notebook of a copy of nbs/ in JupyterLab, run all cells, and return its page; `browser.folder` is the copy."
+    "Open a notebook of a copy of nbs/ in JupyterLab, run all cells, `look` at its page until they have run, return it; `browser.folder` is the copy."
     chromium = need(shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"), "no Chromium here")
     try: from playwright.sync_api import sync_playwright
     except ImportError: need(False, "playwright is not installed")
@@ -293,7 +293,7 @@ def browser(tmp_path_factory):
     with jupyter(folder, TMPDIR=str(folder / "tmp")) as (address, token), sync_playwright() as playwright:
         program = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
 
-        def run_all(notebook):
+        def run_all(notebook, look=lambda page: None):
             page = program.new_page(viewport={"width": 1300, "height": 1500})
             page.set_default_timeout(120_000)
             page.goto(f"{address}/lab/tree/{notebook}?token={token}&reset")
@@ -306,6 +306,7 @@ def browser(tmp_path_factory):
                     page.get_by_text("Run All Cells", exact=True).click()
                 page.wait_for_timeout(250)
                 assert not error.count(), error.first.inner_text()
+                look(page)
                 states = [text.strip() for text in prompts.all_inner_texts()]
                 if re.fullmatch(r"\[\d+\]:", states[-1]): return page
                 calm = 0 if "[*]:" in states else calm + 1
@@ -369,6 +370,24 @@ def test_the_page_is_alive_in_jupyterlab(browser):
     changed(page, lambda: picture(output), before)
     assert "warning: a <b>warning" in output.locator("pre").inner_text()
     shot(output, "watch_after")
+
+
+def test_the_quickstart_in_jupyterlab(browser):
+    seen = {}
+
+    def look(page):
+        for bar in page.locator(".widget-hbox", has=page.locator("[role=progressbar], .widget-hprogress")).all_inner_texts():
+            if percent := re.match(r"(\w+)\D*(\d+)%", bar.replace("\n", " ")): seen.setdefault(percent[1], set()).add(int(percent[2]))
+        if len(seen.get("pretrain", ())) == 3: shot(page, "quickstart_running")
+
+    page = browser("nbs/00_quickstart.ipynb", look)
+    assert len(seen["pretrain"]) > 3 and max(seen["pretrain"]) == 100                                # it moved while one watched
+    run, = browser.folder.glob("**/runs/quickstart/*")
+    assert {"metrics.jsonl", "results.jsonl", "backbone.safetensors"} <= {file.name for file in run.iterdir()}
+    text = page.locator(".jp-Notebook").inner_text()
+    assert "preset smoke, seed 0, 20 steps" in text and "pretraining gains" in text
+    page.locator(".jp-OutputArea-output img").last.scroll_into_view_if_needed()
+    shot(page, "quickstart")
 
 
 def test_the_form_in_jupyterlab(browser):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -310,3 +311,15 @@ def test_says_what_one_will_be_able_to_do(file):
     "The lead ends with what the page is good for."
     lead = [c for c in json.loads((NBS / file).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"][1]
     assert "**You will be able to** " in "".join(lead["source"])
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not re.match(r"index|9[567]_", f)])
+def test_every_exercise_has_a_solution(file):
+    "Folded, in a form that JupyterLab, Quarto and Sphinx render alike; its code can at least be read by Python."
+    last = "".join(json.loads((NBS / file).read_text(encoding="utf-8"))["cells"][-1]["source"])
+    _, exercises = last.split("## Exercises\n")
+    parts = re.split(r"(?m)^(?=\d+\. )", re.sub(r"(?s)<details>.*?</details>", lambda m: m[0].replace("\n", "\r"), exercises))[1:]       # a list in a solution is no exercise
+    assert len(parts) >= 2 and [int(part.split(".")[0]) for part in parts] == list(range(1, len(parts) + 1))
+    for part in parts:
+        solution, = re.findall(r"(?s)\n\n<details>\n<summary>Solution</summary>\n\n(.+)\n\n</details>\n*$", part.replace("\r", "\n"))
+        for code in re.findall(r"(?sm)^ *```python\n(.*?)^ *```", solution): compile(textwrap.dedent(code), file, "exec")

@@ -60,6 +60,16 @@ def test_page(site, file):
 def test_hidden_cells_are_hidden(site): assert "not_shown_anywhere" not in (site / "core.html").read_text()
 
 
+def test_what_a_link_shows_elsewhere(site):
+    "Title, subtitle and picture of a page, for search engines and for those who are sent its address."
+    text = (site / "swav.html").read_text()
+    for name, content in (("og:title", "SwAV"), ("og:description", "Codes, swapped prediction, and a monitor that notices collapse"), ("description", "Codes, swapped prediction, and a monitor that notices collapse"),
+                          ("twitter:card", "summary_large_image")):
+        assert re.search(rf'<meta[^>]*"{name}"[^>]*"{content}"|<meta[^>]*"{content}"[^>]*"{name}"', text), name
+    picture, = re.findall(r'"og:image" content="https://[^"]*/seer_nb/([^"]+)"', text)
+    assert (site / picture).stat().st_size > 10_000
+
+
 def test_search_finds_a_function(site):
     assert "stateless_rng" in (site / "searchindex.js").read_text()
 
@@ -152,6 +162,14 @@ def test_imports_are_folded_and_figures_open(browser):
     page.keyboard.press("Escape")
     page.locator("dialog.zoom img").wait_for(state="hidden")
     assert errors == []
+
+
+def test_solutions_are_folded(browser):
+    page, errors = browser("swav")
+    solutions = page.locator("details", has=page.locator("summary", has_text="Solution"))
+    assert solutions.count() > 1 and not any(solutions.nth(i).locator("p").first.is_visible() for i in range(solutions.count()))
+    solutions.first.locator("summary").click()
+    assert solutions.first.locator("p").first.is_visible() and errors == []
 
 
 def test_pages_follow_each_other(browser):
