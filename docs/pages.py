@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 from execnb.nbio import mk_cell
+from nbdev.config import get_config
 from nbdev.process import Processor
 
 TOP = Path(__file__).resolve().parent.parent
@@ -52,13 +53,16 @@ def page_of(module: str) -> str:
 
 
 class PageFacts(Processor):
-    "Say under the title how long a page takes to read and which pages it builds on: those whose modules it imports."
+    "Say under the title how long a page takes to read, which pages it builds on (those whose modules it imports), and that it opens in Colab if it has a cell for that."
 
     def begin(self):
         cells = self.nb.cells
         code = "\n".join(c.source for c in cells if c.cell_type == "code")
         modules = set(re.findall(r"^from (seer_nb\.[\w.]+) import", code, re.M)) - {"seer_nb.core", "seer_nb.viz"}      # everyone's ground floor
-        up = "../" * (len(Path(self.nb.path_).resolve().relative_to(TOP / "nbs").parts) - 1)
+        file, config = Path(self.nb.path_).resolve().relative_to(TOP), get_config()
+        up = "../" * (len(file.parts) - 2)
         pages = [f"[{re.sub('.*/|[0-9]+_', '', page[:-6])}]({up}{page})" for page in sorted(filter(None, map(page_of, modules)))]
-        facts = f"*{(n := minutes(cells))} minute{'s' * (n > 1)} to read" + (f" · builds on {', '.join(pages)}*" if pages else "*")
-        if cells[0].cell_type == "raw" and Path(self.nb.path_).stem != "index": cells.insert(1, mk_cell(facts, "markdown"))
+        facts = f"{(n := minutes(cells))} minute{'s' * (n > 1)} to read"
+        if pages: facts += f" · builds on {', '.join(pages)}"
+        if "google.colab" in (TOP / file).read_text(encoding="utf-8"): facts += f" · [open in Colab](https://colab.research.google.com/github/{config.user}/{config.repo}/blob/{config.branch}/{file.as_posix()})"
+        if cells[0].cell_type == "raw" and file.stem != "index": cells.insert(1, mk_cell(f"*{facts}*", "markdown"))
