@@ -104,7 +104,7 @@ def test_a_missing_interval_is_a_dash(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "append_result", lambda *_: None)
     run_audit(AuditConfig(run_dir=str(tmp_path)))
     card = (tmp_path / "card.md").read_text()
-    assert not re.search(r"\bnan\b|None|– to|to –", card, re.I)
+    assert not re.search(r"\bnan\b|NaN|None|– to|to –", card)
     assert "| strong | – | – | 0 |" in card and "| fog | 50.0 | – | 10 |" in card and "| b | 1 | 50.0 (–) |" in card and "| 20.0 | – | 0.020 |" in card
     assert "| fake |" not in card and "| top-1 | – | – | higher | – | – | 10 |" in card
 
