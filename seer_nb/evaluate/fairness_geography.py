@@ -38,7 +38,7 @@ from .tasks import (Result, TaskData, append_result, find_result, missing_messag
                                     weights_hash)
 from ..viz import PALETTE
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #4d331e8e
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #b9089fff
 class HitRates(NamedTuple):
     "How well each household is recognised."
     households: np.ndarray   # [H] names, sorted
@@ -58,7 +58,7 @@ def concept_hits(
     if empty := [i for i, right in enumerate(targets) if not len(right)]: raise ValueError(f"no class is right for photograph {empty[0]}: leave out what the model has no class for")
     return np.array([not set(right).isdisjoint(guesses) for right, guesses in zip(targets, predictions[:, :top_k].tolist())], bool)
 
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #505e4f41
 def household_hit_rates(
     predictions,       # [N, K] class numbers, the most confident first
     targets,           # N collections of class numbers that are right
@@ -103,7 +103,7 @@ def income_buckets(
     index = np.round(np.log(np.where(incomes > 0, incomes, np.nan)) / 3)
     return np.array([INCOMES[int(i) - 1] if i in (1, 2, 3) else UNKNOWN for i in index])
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #453095af
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #8bd389a9
 class Photographs(NamedTuple):
     "Photographs of households; one entry per photograph, whichever concepts it shows."
     read: Callable           # read(i) -> uint8 tensor [3, H, W]
@@ -117,7 +117,7 @@ class Photographs(NamedTuple):
     place: np.ndarray        # [N, 2] latitude and longitude in degrees, float64; nan: not known
     left_out: dict           # reason -> number of entries that are not among them
 
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #2f6c516d
 REGIONS = {"af": "Africa", "as": "Asia", "eu": "Europe", "am": "Americas", "the americas": "Americas", "america": "Americas"}
 REGIONS |= {name.lower(): name for name in REGIONS.values()}
 
@@ -175,7 +175,7 @@ def read_authors_format(
                        np.array([[_number(e.get("lat")), _number(e.get("lng"))] for e in first]),
                        {"no image file": missing, "the same photograph again": len(entries) - missing - len(found)})
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #ac92789c
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #84566747
 def _list(text):
     "A list that is written as text. Raises `ValueError` for anything else."
     try: value = ast.literal_eval(text)
@@ -208,7 +208,7 @@ def read_mlcommons_format(
                        column("place"), column("country.name"), np.array([_region(row["region.id"]) for row in here]), np.array([_number(row["income"]) for row in here]),
                        np.full((len(here), 2), np.nan), {"no image file": len({row["id"] for row in rows}) - len(here), "the same photograph again": len(rows) - len({row["id"] for row in rows})})
 
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #9da34a25
 def read_dollar_street(
     root,             # the data set's folder
     table: str = "",  # metadata file; empty: whichever is there, the authors' first

@@ -284,7 +284,7 @@ def score_similarity(
                     float(chance.mean()), None, "", config.seed, details)
     return result, precision
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #d44c6cf8
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #22104224
 def check_retrieval(
     queries: People,
     faces: People,
@@ -296,7 +296,7 @@ def check_retrieval(
     if read_ks(config.ks)[-1] > len(faces.names): raise ValueError(f"ks = {config.ks!r}: choose neighbours between 1 and the {len(faces.names)} of the database")
     return data_settings(images, queries.attributes, faces.attributes)
 
-
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #6d309d6f
 def run_similarity(
     config: SimilarityConfig,
 ) -> Result:

@@ -54,7 +54,7 @@ def unseen(
     "Return the largest probability that outcomes not seen in n samples can have (Clopper and Pearson, 1934)."
     return 1 - ((1 - confidence) / 2) ** (1 / n)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #4b6aff9b
+# %% ../../nbs/evaluate/59_groups.ipynb #1a1a4e9f
 class Units(NamedTuple):
     "Samples as they are drawn: one by one, or whole clusters."
     names: np.ndarray   # [G] of the groups
@@ -80,7 +80,7 @@ def make_units(
     pairs, unit = np.unique(group * len(ids) + cluster, return_inverse=True)
     return Units(names, pairs // len(ids), np.bincount(unit, values), np.bincount(unit).astype(np.float64))
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #4b71ec7d
 def group_draws(
     units: Units,
     k: int,            # which group
@@ -129,7 +129,7 @@ def group_rates(
         rates.append(GroupRate(str(units.names[k]), int(units.counts[own].sum()), float(value), float(low), float(high), size < min_size))
     return rates
 
-# %% ../../nbs/evaluate/59_groups.ipynb #aa899024
+# %% ../../nbs/evaluate/59_groups.ipynb #b11a96a9
 class Gap(NamedTuple):
     "The largest difference between two groups."
     highest: str       # group with the highest rate
@@ -159,7 +159,7 @@ def deal_kinds(
     dealt[-1] = left
     return dealt.transpose(2, 0, 1)
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #d2d0947f
 def shuffled_rates(
     units: Units,
     n: int,     # shuffles
@@ -210,7 +210,7 @@ def p_text(
     "Return a p-value with its sign, as it is printed: `= 0.012`, or `< 0.001`."
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
-# %% ../../nbs/evaluate/59_groups.ipynb #2ad4c23b
+# %% ../../nbs/evaluate/59_groups.ipynb #d7785fb6
 def disparity_ratio(
     rates,  # GroupRates
 ) -> float:
@@ -227,7 +227,7 @@ def rate_table(
     rows = [{"group": r.group, "n": r.n, "%": 100 * r.value, "95 % from": 100 * r.low, "to": 100 * r.high, "": "few" if r.few else ""} for r in rates]
     return needed("pandas", "datasets").DataFrame(rows).set_index("group").round(1)
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #6b0786c4
 def draw_rates(
     rates,             # GroupRates
     *,
@@ -338,7 +338,7 @@ def read_casual_conversations(
         attributes["skin tone"], attributes["age group"] = [skin_tone(t) for t in attributes["skin-type"]], [age_group(a) for a in attributes["age"]]
     return People(functools.partial(read_image, str(root), names, 0), names, attributes)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #7a0d2fb0
+# %% ../../nbs/evaluate/59_groups.ipynb #6058983c
 PLANTED = "female × darker"   # group with underexposed pictures
 
 
@@ -357,7 +357,7 @@ def toy_figure(
     image = 110 + hue + stripes[..., None] + rng.normal(0, 4, (48, 48, 3))
     return (image * (0.15 if dark else 1)).clip(0, 255).astype(np.uint8)
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #93eb1c2b
 def make_toy_people(
     root,               # folder to write to
     n: int = 400,       # pictures, two of each person
