@@ -75,7 +75,7 @@ def label_families(
     if not any(families.values()): raise ValueError("no label of any family is among the classifier's labels")
     return {family: sorted(found) for family, found in families.items() if found}
 
-# %% ../../nbs/evaluate/60_fairness_labels.ipynb #a1783db6
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #d5305211
 LABEL_NAMES = "in22k_cls_name_to_label_name_map.json"   # VISSL's, class -> names
 SMALL = 2**24                                           # bytes of a file of labels
 
@@ -97,7 +97,7 @@ def by_output(
     if [output for output, _ in pairs] != list(range(len(pairs))): raise ValueError(f"its outputs are not 0 to {len(pairs) - 1}, each once")
     return [label for _, label in pairs]
 
-
+# %% ../../nbs/evaluate/60_fairness_labels.ipynb #6de05e49
 def first_names(
     classes: list,  # of VISSL's taxonomy
     path,           # JSON: class -> list of names

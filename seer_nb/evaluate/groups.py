@@ -389,7 +389,7 @@ def toy_people(
         people = read_casual_conversations(folder)
         return people._replace(read=[people.read(i) for i in range(n)].__getitem__)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #f114a447
+# %% ../../nbs/evaluate/59_groups.ipynb #a3bfad05
 def picked(read, rows, i): return read(rows[i])
 
 
@@ -410,7 +410,7 @@ def data_settings(
     "Return fingerprints of pictures (`data`) and of what is told about them (`told`), for the settings of a result."
     return {"data": " ".join(map(data_fingerprint, tasks)), "told": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #d383d914
 def check_least(
     config,       # of a run
     **least,      # name of a parameter -> the least it may be
