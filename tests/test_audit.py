@@ -6,7 +6,7 @@ import re
 import pytest
 
 from seer_nb.evaluate import audit
-from seer_nb.evaluate.audit import AuditConfig, Part, holm, markdown_table, plain, run_audit
+from seer_nb.evaluate.audit import AuditConfig, Part, holm, as_text, markdown_table, run_audit
 from seer_nb.evaluate.tasks import Result, read_results
 
 HOSTILE = 'a|b <img src=x onerror=alert(1)> [x](javascript:alert(1)) ![y](http://evil/z.png) `c` **d** &lt;e&gt;\n# f\x00'
@@ -94,11 +94,38 @@ def test_small_groups_are_marked_not_dropped(parts, tmp_path):
     assert "| b | 9 | 50.0 (20.0 to 80.0) | few: do not lean on it |" in card and "| a | 9 | 50.0 (20.0 to 80.0) |  |" in card
 
 
+def test_a_missing_interval_is_a_dash(parts, tmp_path, monkeypatch):
+    "Neither nan, nor None, nor half an interval is printed."
+    nan = float("nan")
+    sick = dict(rates=[dict(group="a", n=1, value=nan, low=nan, high=nan, few=True), dict(group="b", n=1, value=0.5, low=nan, high=0.9, few=True)], gap=gap(0.02) | {"low": nan, "high": nan},
+                splits={"strong": {"mAP": nan, "low": nan, "high": nan, "n": 0}}, corrupted={"fog": [0.5]}, left_out={"no gender": 3})
+    run = lambda c: dataclasses.replace(fake_result(c, **sick), value=nan, ci_low=nan, ci_high=nan, chance=None)
+    monkeypatch.setattr(audit, "AUDIT", (Part("toy_sick", "fairness", "?", "toy_scenes", run, FakeConfig),))
+    monkeypatch.setattr(audit, "append_result", lambda *_: None)
+    run_audit(AuditConfig(run_dir=str(tmp_path)))
+    card = (tmp_path / "card.md").read_text()
+    assert not re.search(r"\bnan\b|NaN|None|– to|to –", card)
+    assert "| strong | – | – | 0 |" in card and "| fog | 50.0 | – | 10 |" in card and "| b | 1 | 50.0 (–) |" in card and "| 20.0 | – | 0.020 |" in card
+    assert "| fake |" not in card and "| top-1 | – | – | higher | – | – | 10 |" in card
+
+
+def test_gaps_at_equal_chance_are_explained_beside_the_table(parts, tmp_path, monkeypatch):
+    "Page 62 compares precisions at equal chance: whoever reads only the card must learn it, and for no other part."
+    part = lambda name, g: Part(name, "fairness", "?", "toy_scenes", lambda c: dataclasses.replace(fake_result(c, groups={"gender": {"rates": rates("a", "b"), "gap": g}}), protocol=name), FakeConfig)
+    monkeypatch.setattr(audit, "AUDIT", (part("toy_x", gap(0.02)), part("toy_faces", gap(0.0001) | {"compared": "at equal chance"})))
+    run_audit(AuditConfig(run_dir=str(tmp_path / "both")))
+    card = (tmp_path / "both/card.md").read_text()
+    assert "| toy\\_faces | gender · at equal chance | a | b | 20.0 | 10.0 to 30.0 | \\< 0.001 | \\< 0.001 | a gap |" in card and "| toy\\_x | gender | a |" in card
+    assert card.index("| toy\\_faces | gender · at") < card.index("Gaps **at equal chance** (toy\\_faces) are not") < card.index("## Fairness")
+    run_audit(AuditConfig(run_dir=str(tmp_path / "one"), parts="toy_x"))
+    assert "equal chance" not in (tmp_path / "one/card.md").read_text()
+
+
 def test_the_card_needs_no_other_file(parts, tmp_path):
     run_audit(AuditConfig(run_dir=str(tmp_path)))
     page = (tmp_path / "card.html").read_text()
     assert re.findall(r'src="(?!data:image/png;base64,)', page) == [] and "href=" not in page
-    assert page.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png"))) == 2
+    assert page.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png"))) == 3
 
 
 class Tags(html.parser.HTMLParser):
@@ -123,7 +150,7 @@ def test_names_from_outside_stay_text(parts, tmp_path):
 
 def test_plain_text_is_one_cell():
     assert len(markdown_table(["x"], [[HOSTILE]]).splitlines()) == 3
-    assert plain(0.123456) == "0.1235" and plain("a_b|c") == r"a\_b\|c" and "\x00" not in plain(HOSTILE)
+    assert as_text(0.123456) == "0.1235" and as_text("a_b|c") == r"a\_b\|c" and "\x00" not in as_text(HOSTILE)
 
 
 def test_unknown_parts_and_models_write_nothing(tmp_path):
@@ -136,7 +163,7 @@ def test_missing_data_is_said_with_its_source(tmp_path):
     results = run_audit(AuditConfig(run_dir=str(tmp_path / "a"), root=str(tmp_path / "data")))
     card = (tmp_path / "a/card.md").read_text()
     assert results == [] and "Nothing was measured." in card and "No groups were compared." in card
-    assert all(f"| {plain(part.name)} | {plain(part.task)} | no data: " in card for part in audit.AUDIT if not part.name.startswith("toy_"))
+    assert all(f"| {as_text(part.name)} | {as_text(part.task)} | no data: " in card for part in audit.AUDIT if not part.name.startswith("toy_"))
 
 
 def test_holm_follows_statsmodels_rule():

@@ -215,9 +215,9 @@ def test_curve_counts_households_as_often_as_they_are_drawn():
 
 def test_figures_need_only_a_stored_result():
     homes = [{"country": "A", "latitude": 10.0, "longitude": 20.0, "income": 100.0, "rate": 0.5}, {"country": "B", "latitude": None, "longitude": None, "income": None, "rate": 0.7}]
-    assert "1 households without a place" in geo.draw_map(homes, "x").axes[0].get_title()
+    assert "1 households without a place" in geo.draw_countries(homes, "x").axes[0].get_title()
     assert len(geo.draw_incomes(homes).axes[0].lines[0].get_xdata()) == 1
-    with pytest.raises(ValueError, match="coordinates"): geo.draw_map(homes[1:])
+    with pytest.raises(ValueError, match="coordinates"): geo.draw_countries(homes[1:])
     with pytest.raises(ValueError, match="income"): geo.draw_incomes(homes[1:])
 
 

@@ -72,6 +72,25 @@ def test_any_taxonomy(tmp_path):
     with pytest.raises(ValueError): fl.read_mapping(tmp_path / "gap.json" if False else tmp_path / "none.json")
 
 
+def test_vissls_own_taxonomy(tmp_path):
+    "imagenet_to_idx_labels_map.json is {class: output}; the first name of each class, if the file of names lies beside it, is what families are compared with."
+    path = tmp_path / "imagenet_to_idx_labels_map.json"
+    path.write_text(json.dumps({"c": 2, "1k_a": 0, "b": 1}))
+    assert fl.read_labels(path) == ("1k_a", "b", "c")
+    (tmp_path / fl.LABEL_NAMES).write_text(json.dumps({"b": ["people"], "c": ["great ape", "pongid"], "1k_a": ["face", "human face"], "d": ["sofa"]}))
+    assert fl.read_labels(path) == ("face", "people", "great ape")
+    assert fl.label_families(fl.read_labels(path), fl.paper_families("miap")) == {"Human": [0, 1], "Non-Human": [2]}
+    (tmp_path / "other.json").write_text('["b", "c"]')
+    assert fl.read_labels(tmp_path / "other.json") == ("b", "c")                                     # a list is not a list of classes
+    for text in ('{"a": 0, "b": 2}', '{"a": 0, "b": 0}', "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="imagenet_to_idx"): fl.read_labels(path)
+    path.write_text('{"e": 0}')
+    for names in ('{"b": ["people"]}', '{"e": []}', '{"e": "people"}', "[]"):
+        (tmp_path / fl.LABEL_NAMES).write_text(names)
+        with pytest.raises(ValueError, match=fl.LABEL_NAMES): fl.read_labels(path)
+
+
 def test_silence_is_not_fairness(tmp_path):
     "A taxonomy without a family leaves it out, and a headline without a label is an error."
     assert "Human" not in fl.label_families(["chimpanzee", "prison"], fl.paper_families("miap"))
@@ -140,11 +159,11 @@ def test_a_part_is_a_draw(tmp_path):
 
 
 def test_published_rates():
-    seer = {(r["family"], r["group"]): r["value"] for r in fl.published_rates("SEER RG-10B")}
+    seer = {(r["family"], r["group"]): r["value"] for r in fl.published_label_rates("SEER RG-10B")}
     assert seer["Human", "male × lighter"] == pytest.approx(0.79) and seer["Non-Human", "70+"] == 0 and len(seer) == 32
-    assert {r["source"] for r in fl.published_rates("SEER 10B")} == {"figure SEER_Visual03b.jpg (printed labels)"} and len(fl.published_rates("SEER 10B")) == 4
-    with pytest.raises(ValueError, match="did you mean 'SEER 10B'"): fl.published_rates("SEER10B")
-    assert not fl.published_rates(task="miap")
+    assert {r["source"] for r in fl.published_label_rates("SEER 10B")} == {"figure SEER_Visual03b.jpg (printed labels)"} and len(fl.published_label_rates("SEER 10B")) == 4
+    with pytest.raises(ValueError, match="did you mean 'SEER 10B'"): fl.published_label_rates("SEER10B")
+    assert not fl.published_label_rates(task="miap")
 
 
 class ByBrightness(torch.nn.Module):

@@ -126,14 +126,61 @@ def conversations(root, n=40):
 
 def test_utk_faces(tmp_path):
     utk(tmp_path)
-    faces, malformed = sim.read_utk_faces(tmp_path)
-    assert len(faces.names) == 60 and malformed == ["part1/39_1_20170116174525125.jpg.chip.jpg"]
+    faces, left = sim.read_utk_faces(tmp_path)
+    assert len(faces.names) == 60 and left == {"malformed names": ["part1/39_1_20170116174525125.jpg.chip.jpg"], "the same face again": 0}
     for name, age, gender in zip(faces.names, faces.attributes["age"], faces.attributes["gender"]):
         codes = name.split("/")[-1].split("_")
         assert (age, gender) == (int(codes[0]), {"0": "male", "1": "female"}[codes[1]])
     assert set(faces.attributes) == {"age", "gender"}                                # race is not read
     assert faces.read(3).shape == (3, 32, 24)
     with pytest.raises(FileNotFoundError): sim.read_utk_faces(tmp_path / "nowhere")
+
+
+def write_records(root, names, **change):
+    "VISSL's utk_dataset_metadata.json as its script writes it: codes of the names as words."
+    record = lambda codes: {"age": int(codes[0]), "gender": {"0": "male", "1": "female"}[codes[1]], "race": ("white", "black", "asian", "indian", "others_hispanic_latino_middle_eastern")[int(codes[2])]}
+    (root / sim.UTK_RECORDS).write_text(json.dumps({name: record(name.split("_")) | change for name in names}))
+
+
+def test_vissls_files_choose_the_faces(tmp_path):
+    utk(tmp_path)
+    names = [name.split("/")[-1] for name in sim.read_utk_faces(tmp_path)[0].names]
+    write_records(tmp_path, [*names[:40], "9_1_3_20170101000000999.jpg.chip.jpg"])
+    faces, left = sim.read_utk_faces(tmp_path)
+    assert sorted(name.split("/")[-1] for name in faces.names) == sorted(names[:40])
+    assert left == {"malformed names": [], "the same face again": 0, "not in VISSL's files": 21, "no image file": 1}
+    np.save(tmp_path / sim.UTK_SEARCHED, np.array([f"manifold://ssl_framework/tree/datasets/utk_faces/images/{name}" for name in names[10:50]]))
+    faces, left = sim.read_utk_faces(tmp_path)
+    assert sorted(name.split("/")[-1] for name in faces.names) == sorted(names[10:40]) and left["no image file"] == 0      # in both
+    (tmp_path / sim.UTK_RECORDS).unlink()
+    assert len(sim.read_utk_faces(tmp_path)[0].names) == 40
+    np.save(tmp_path / sim.UTK_SEARCHED, np.array(["a/nobody.jpg"]))
+    with pytest.raises(FileNotFoundError): sim.read_utk_faces(tmp_path)
+
+
+def test_vissls_files_in_another_form(tmp_path):
+    utk(tmp_path)
+    name = sim.read_utk_faces(tmp_path)[0].names[0].split("/")[-1]
+    write_records(tmp_path, [name], gender="female" if name.split("_")[1] == "0" else "male")
+    with pytest.raises(ValueError, match=f"{sim.UTK_RECORDS}.*its name says"): sim.read_utk_faces(tmp_path)
+    for text in ("[]", "{}", '{"a.jpg": 1}', '{"%s": {"age": [3], "gender": "male"}}' % name, "no json"):
+        (tmp_path / sim.UTK_RECORDS).write_text(text)
+        with pytest.raises(ValueError, match=sim.UTK_RECORDS): sim.read_utk_faces(tmp_path)
+    (tmp_path / sim.UTK_RECORDS).unlink()
+    for array in (np.array([name], dtype=object), np.array([[name]]), np.arange(3)):
+        np.save(tmp_path / sim.UTK_SEARCHED, array)
+        with pytest.raises(ValueError, match=sim.UTK_SEARCHED): sim.read_utk_faces(tmp_path)
+
+
+def test_a_face_in_two_folders_is_searched_once(tmp_path):
+    utk(tmp_path)
+    one = sim.read_utk_faces(tmp_path)[0].names
+    for name in one[:7]:
+        again = tmp_path / "zz" / name
+        again.parent.mkdir(parents=True, exist_ok=True)
+        again.write_bytes((tmp_path / name).read_bytes())
+    faces, left = sim.read_utk_faces(tmp_path)
+    assert faces.names == one and left["the same face again"] == 7
 
 
 def test_published_groups_are_named_as_ours():
@@ -155,7 +202,8 @@ def test_run_on_the_published_formats(data, tmp_path):
     result = sim.run_similarity(config)
     genders = pd.Series([row["gender"] for row in data]).value_counts()
     left = result.details["left_out"]
-    assert left == {"gender not recorded": genders["N/A"], "gender not in the database": genders["Other"], "malformed names": ["part1/39_1_20170116174525125.jpg.chip.jpg"]}
+    assert left == {"gender not recorded": genders["N/A"], "gender not in the database": genders["Other"], "malformed names": ["part1/39_1_20170116174525125.jpg.chip.jpg"],
+                    "the same face again": 0}
     assert result.n == genders["Female"] + genders["Male"] and result.details["database"] == {"female": 30, "male": 30} and result.chance == 0.5
     precision = np.load(tmp_path / "run/precision.npy")
     assert precision.shape == (4, 40) and result.value == pytest.approx(np.nanmean(precision[2])) and result.details["by_k"]["50"] == pytest.approx(np.nanmean(precision[3]))

@@ -6,18 +6,17 @@
 __all__ = ['INCOMES', 'INCOME_BORDERS', 'REGIONS', 'TOY_THINGS', 'TOY_REGIONS', 'LABEL_MAP', 'HitRates', 'concept_hits',
            'household_hit_rates', 'chance_hit_rates', 'income_buckets', 'Photographs', 'photograph_of',
            'read_authors_format', 'read_mlcommons_format', 'read_dollar_street', 'toy_thing', 'save_image',
-           'make_toy_households', 'read_label_map', 'right_classes', 'folder_task', 'fit_folder_probe', 'as_task',
-           'best_guesses', 'income_curve', 'draw_incomes', 'mean_place', 'draw_map', 'published_rates',
-           'GeographyConfig', 'check_geography', 'check_sizes', 'open_households', 'group_details', 'count_classes',
-           'score_geography', 'geography_settings', 'data_settings', 'run_geography', 'draw_groups']
+           'make_toy_households', 'read_label_map', 'right_classes', 'folder_task', 'fit_folder_probe', 'best_guesses',
+           'income_curve', 'draw_incomes', 'mean_place', 'draw_countries', 'published_hit_rates', 'GeographyConfig',
+           'check_geography', 'open_households', 'group_details', 'household_rows', 'group_households', 'count_classes',
+           'score_geography', 'geography_settings', 'street_settings', 'check_street', 'with_probe', 'run_geography',
+           'draw_groups']
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #48026139
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #3a6afba6
 import ast
 import csv
 import dataclasses
 import functools
-import hashlib
-import io
 import json
 import os
 import time
@@ -28,17 +27,18 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from ..core import RunDir, did_you_mean, stateless_rng, write_atomic
+from ..core import RunDir, did_you_mean, stateless_rng
 from .annotations import reading
-from .features import data_fingerprint, extract_features
-from .groups import JSON_LIMIT, UNKNOWN, GroupRate, disparity_ratio, draw_rates, group_rates, join_groups, largest_gap, read_json
+from .features import extract_features
+from .groups import (JSON_LIMIT, UNKNOWN, GroupRate, as_task, check_least, check_sizes, data_settings, disparity_ratio, draw_rates, group_rates, join_groups,
+                                     largest_gap, read_json, read_rows, save_arrays)
 from .readers import below, find, folders, image_names, needed, read_image, subfolders
 from .robustness import fit_head, join, open_classifier, save_probe
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, open_model, pick_device, published_rows, task_folder, task_row,
                                     weights_hash)
 from ..viz import PALETTE
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #4d331e8e
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #b9089fff
 class HitRates(NamedTuple):
     "How well each household is recognised."
     households: np.ndarray   # [H] names, sorted
@@ -58,7 +58,7 @@ def concept_hits(
     if empty := [i for i, right in enumerate(targets) if not len(right)]: raise ValueError(f"no class is right for photograph {empty[0]}: leave out what the model has no class for")
     return np.array([not set(right).isdisjoint(guesses) for right, guesses in zip(targets, predictions[:, :top_k].tolist())], bool)
 
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #505e4f41
 def household_hit_rates(
     predictions,       # [N, K] class numbers, the most confident first
     targets,           # N collections of class numbers that are right
@@ -103,7 +103,7 @@ def income_buckets(
     index = np.round(np.log(np.where(incomes > 0, incomes, np.nan)) / 3)
     return np.array([INCOMES[int(i) - 1] if i in (1, 2, 3) else UNKNOWN for i in index])
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #453095af
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #8bd389a9
 class Photographs(NamedTuple):
     "Photographs of households; one entry per photograph, whichever concepts it shows."
     read: Callable           # read(i) -> uint8 tensor [3, H, W]
@@ -117,7 +117,7 @@ class Photographs(NamedTuple):
     place: np.ndarray        # [N, 2] latitude and longitude in degrees, float64; nan: not known
     left_out: dict           # reason -> number of entries that are not among them
 
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #2f6c516d
 REGIONS = {"af": "Africa", "as": "Asia", "eu": "Europe", "am": "Americas", "the americas": "Americas", "america": "Americas"}
 REGIONS |= {name.lower(): name for name in REGIONS.values()}
 
@@ -145,7 +145,7 @@ def photograph_of(
     if not name: raise ValueError(f"the url {str(url)[:80]!r} names no photograph")
     return name
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #56d91f4e
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #ce13b64b
 def read_authors_format(
     root,  # folder with metadata_full_dollar_street.json and images/LABEL/_ID.jpg (or .png, …)
 ) -> Photographs:
@@ -153,7 +153,7 @@ def read_authors_format(
 
     Raises `FileNotFoundError` if the metadata or all images are missing, `ValueError` for an entry without the published keys, and for a household with two incomes.
     """
-    entries = read_json(path := find(root, "metadata_full_dollar_street.json"))
+    entries = read_rows(path := find(root, "metadata_full_dollar_street.json"))
     images = find(root, "images")
     on_disk = {name.rsplit(".", 1)[0]: f"images/{name}" for folder in subfolders(images) for name in image_names(images, folder)}
     found, income, missing = {}, {}, 0
@@ -175,7 +175,7 @@ def read_authors_format(
                        np.array([[_number(e.get("lat")), _number(e.get("lng"))] for e in first]),
                        {"no image file": missing, "the same photograph again": len(entries) - missing - len(found)})
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #ac92789c
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #84566747
 def _list(text):
     "A list that is written as text. Raises `ValueError` for anything else."
     try: value = ast.literal_eval(text)
@@ -208,7 +208,7 @@ def read_mlcommons_format(
                        column("place"), column("country.name"), np.array([_region(row["region.id"]) for row in here]), np.array([_number(row["income"]) for row in here]),
                        np.full((len(here), 2), np.nan), {"no image file": len({row["id"] for row in rows}) - len(here), "the same photograph again": len(rows) - len({row["id"] for row in rows})})
 
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #9da34a25
 def read_dollar_street(
     root,             # the data set's folder
     table: str = "",  # metadata file; empty: whichever is there, the authors' first
@@ -279,7 +279,7 @@ def make_toy_households(
     (root / "in22k_cls_idx_to_dollar_street_labels_map.json").write_text(json.dumps({str(t): [name, "bedrooms"] if name == "beds" else [name] for t, name in enumerate(TOY_THINGS)}))
     return homemade
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #c877fd45
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #34395448
 LABEL_MAP = "in22k_cls_idx_to_dollar_street_labels_map.json"
 
 
@@ -289,11 +289,10 @@ def read_label_map(
     "Return concept -> set of class numbers. Raises `ValueError` for a file of another kind."
     classes = {}
     try:
-        if Path(path).stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
-        for number, concepts in json.loads(Path(path).read_text(encoding="utf-8")).items():
+        for number, concepts in read_json(path, JSON_LIMIT).items():
             if not isinstance(concepts, list) or int(number) < 0: raise ValueError(f"class {number} has no list of concepts")
             for concept in concepts: classes.setdefault(str(concept), set()).add(int(number))
-    except (AttributeError, ValueError, RecursionError) as error: raise ValueError(f"{path} is no map from class numbers to lists of concepts: {error}") from None
+    except (AttributeError, ValueError) as error: raise ValueError(f"{path} is no map from class numbers to lists of concepts: {error}") from None
     return classes
 
 
@@ -340,17 +339,7 @@ def fit_folder_probe(
     images = folder_task(folder, slug)
     return fit_head(extract_features(backbone, images, size=size, batch_size=batch_size), images.labels, len(images.classes), seed=seed)
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #a4649da9
-def as_task(
-    photographs: Photographs,
-    slug: str,  # task whose rule makes the images squares
-    kept,       # numbers of the photographs
-) -> TaskData:
-    "Return some photographs as a task without labels, which the feature extraction takes."
-    rows = np.asarray(kept).tolist()
-    return TaskData(slug, "test", (), np.full(len(rows), -1), lambda i: photographs.read(rows[i]), lambda i: photographs.names[rows[i]])
-
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #aecea84f
 def best_guesses(
     model: nn.Module,  # classifier
     data,              # a TaskData
@@ -406,8 +395,8 @@ def mean_place(
     x, y, z = (np.cos(latitude) * np.cos(longitude)).mean(), (np.cos(latitude) * np.sin(longitude)).mean(), np.sin(latitude).mean()
     return float(np.degrees(np.arctan2(z, np.hypot(x, y)))), float(np.degrees(np.arctan2(y, x)))
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #2a9e2c72
-def draw_map(
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #8de88f6c
+def draw_countries(
     homes,           # dicts with country, latitude, longitude and rate
     title: str = "",
 ):
@@ -423,15 +412,15 @@ def draw_map(
         colour = colours(norm(100 * np.mean([home["rate"] for home in here])))
         ax.scatter(longitude, latitude, s=20 + 8 * len(here), facecolor=colour if len(here) >= 5 else "none", edgecolor=colour, lw=1.5)
     ax.grid(color="0.85", lw=0.6)
-    ax.set_xticks(np.radians(np.arange(-120, 121, 60)), [f"{d}°" for d in range(-120, 121, 60)], fontsize=7, color="0.4")
+    ax.set_xticks(np.radians(np.arange(-120, 121, 60)), ["120° W", "60° W", "0°", "60° E", "120° E"], fontsize=7, color="0.4")
     ax.set_yticks(np.radians([-60, -30, 0, 30, 60]), ["60° S", "30° S", "0°", "30° N", "60° N"], fontsize=7, color="0.4")
     ax.set_title(title + ("" if len(located) == len(homes) else f" ({len(homes) - len(located)} households without a place)"))
     fig.colorbar(plt.cm.ScalarMappable(norm, colours), ax=ax, label="hit rate, %; size: number of households", shrink=0.8)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #3580388e
-def published_rates(
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #3f378e11
+def published_hit_rates(
     model: str = "",  # as printed; empty: all models
 ) -> dict:
     "Return model -> group -> hit rate as a fraction, of the printed ones, and where they are printed."
@@ -443,7 +432,7 @@ def published_rates(
     if model and model not in found: raise ValueError(f"no published hit rates of {model!r}{did_you_mean(model, found)}; published: {', '.join(found)}")
     return {model: found[model]} if model else found
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #c60d882e
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #5940dae1
 @dataclasses.dataclass(frozen=True)
 class GeographyConfig:
     "Parameters of the geographical indicator."
@@ -465,28 +454,17 @@ class GeographyConfig:
     min_households: int = 30            # groups with fewer are flagged
     toy_bias: float = 0.8               # planted difference between low and high incomes, toy task only
 
-
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #fef04b24
 def check_geography(
     config: GeographyConfig,
 ):
     "Raise `ValueError` for a task, a published model or a number that cannot be."
     if task_row(config.task).protocol != "geography": raise ValueError(f"{config.task} is no task of this page: choose toy_households or dollar_street")
-    if config.paper_model: published_rates(config.paper_model)
+    if config.paper_model: published_hit_rates(config.paper_model)
     if config.train_folder and config.probe: raise ValueError("give train_folder or probe, not both")
-    for name, least in (("top_k", 1), ("extract_batch", 1), ("image_size", 0)):
-        if getattr(config, name) < least: raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    check_least(config, top_k=1, extract_batch=1, image_size=0)
     if not 0 <= config.toy_bias <= 1: raise ValueError(f"toy_bias is a difference of shares, between 0 and 1, got {config.toy_bias}")
     below([config.train_folder or ".", config.table or "."])
-
-
-def check_sizes(
-    images: TaskData,
-    image_size: int,  # of a configuration
-):
-    "Raise `ValueError` if no size is asked for and some images differ in theirs; eight are looked at, evenly spaced."
-    if image_size: return
-    shapes = {tuple(images.read(int(i)).shape[1:]) for i in np.linspace(0, len(images) - 1, 8)}
-    if len(shapes) > 1: raise ValueError(f"images have different sizes, e.g. {sorted(shapes)[:2]}: give image_size, e.g. 224")
 
 
 def open_households(
@@ -496,13 +474,15 @@ def open_households(
     "Return the photographs and the label map, or None where the table brings class numbers. Raises `FileNotFoundError` that says where to get them."
     row = task_row(config.task)
     path = Path(config.label_map) if config.label_map else Path(folder, LABEL_MAP)
+    train = Path(folder, config.train_folder)
     try:
         photographs = read_dollar_street(folder, config.table)
-        own = photographs.classes is not None and not config.label_map
-        return photographs, None if own else read_label_map(path)
+        label_map = None if photographs.classes is not None and not config.label_map else read_label_map(path)
     except FileNotFoundError as error: raise FileNotFoundError(missing_message(row, config.root, error.filename or str(error))) from None
+    if config.train_folder and not train.is_dir(): raise FileNotFoundError(f"{train} is missing: train_folder needs one subfolder of labelled images per class")
+    return photographs, label_map
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #1a37f346
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #a564a5c0
 def group_details(
     values,         # [H] rates
     groups,         # [H] names
@@ -517,7 +497,31 @@ def group_details(
     return {"rates": [rate._asdict() for rate in rates], "gap": gap, "ratio": disparity_ratio([rate for rate in known if rate.n >= 10]) if gap else None,
             "paper": {rate.group: paper[rate.group] for rate in known if rate.group in paper}}
 
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #ea38740e
+def household_rows(
+    homes: HitRates,
+    photographs: Photographs,
+    first,                     # [H] number of a photograph of each household
+) -> list:
+    "Return a dict per household, of JSON values: where it is, what it earns, its photographs and its hit rate; None where something is not known."
+    number = lambda x: float(x) if np.isfinite(x) else None
+    return [{"household": str(h), "country": str(photographs.country[i]), "region": str(photographs.region[i]), "income": number(photographs.income[i]),
+             "latitude": number(photographs.place[i, 0]), "longitude": number(photographs.place[i, 1]), "photographs": int(n), "rate": float(r)}
+            for h, i, n, r in zip(homes.households, first, homes.photographs, homes.rates)]
 
+
+def group_households(
+    homes: HitRates,
+    rows: list,               # of household_rows
+    config: GeographyConfig,
+) -> tuple:
+    "Return grouping -> `group_details` by income, region and both, and where the printed rates come from, empty without a `paper_model`."
+    paper = published_hit_rates(config.paper_model)[config.paper_model] if config.paper_model else {}
+    income, region = income_buckets([np.nan if row["income"] is None else row["income"] for row in rows]), np.array([row["region"] for row in rows])
+    groupings = {"income": income, "region": region, "income × region": join_groups(income, region)}
+    return {name: group_details(homes.rates, groups, config.min_households, config.seed, paper) for name, groups in groupings.items()}, paper.get("source", "")
+
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #80af1385
 def count_classes(
     model: nn.Module,          # classifier
     photographs: Photographs,  # the first one is looked at
@@ -543,48 +547,66 @@ def score_geography(
     guesses = best_guesses(model, as_task(photographs, config.task, kept), config.top_k, **how)
     hits, chance = concept_hits(guesses, targets, config.top_k), chance_hit_rates([len(right) for right in targets], n_classes, config.top_k)
     homes = household_hit_rates(guesses, targets, photographs.household[kept], top_k=config.top_k)
-    first = kept[np.unique(photographs.household[kept], return_index=True)[1]]
-    which = np.searchsorted(homes.households, photographs.household[kept])
-    income, region = income_buckets(photographs.income[first]), photographs.region[first]
-    paper = published_rates(config.paper_model)[config.paper_model] if config.paper_model else {}
-    number = lambda x: float(x) if np.isfinite(x) else None
-    rows = [{"household": str(h), "country": str(photographs.country[i]), "region": str(photographs.region[i]), "income": number(photographs.income[i]),
-             "latitude": number(photographs.place[i, 0]), "longitude": number(photographs.place[i, 1]), "photographs": int(n), "rate": float(r)}
-            for h, i, n, r in zip(homes.households, first, homes.photographs, homes.rates)]
-    details = {"groups": {name: group_details(homes.rates, groups, config.min_households, config.seed, paper) for name, groups in
-                          (("income", income), ("region", region), ("income × region", join_groups(income, region)))},
-               "over_photographs": float(hits.mean()), "photographs": len(kept), "classes": n_classes, "households": rows,
-               "left_out": {**photographs.left_out, "no class for the concept": len(photographs.names) - len(kept)}, "paper_source": paper.get("source", "")}
-    details |= {key: details["groups"]["income"][key] for key in ("rates", "gap")}      # the headline
+    _, first, which = np.unique(photographs.household[kept], return_index=True, return_inverse=True)
+    rows = household_rows(homes, photographs, kept[first])
+    groups, source = group_households(homes, rows, config)
+    details = {"groups": groups, "over_photographs": float(hits.mean()), "photographs": len(kept), "classes": n_classes, "households": rows,
+               "left_out": {**photographs.left_out, "no class for the concept": len(photographs.names) - len(kept)}, "paper_source": source}
+    details |= {key: groups["income"][key] for key in ("rates", "gap")}      # the headline
     whole = group_rates(homes.rates, ["all"] * len(rows), seed=config.seed)[0]
     result = Result(row.slug, config.model, "geography", settings, f"hit rate per household, top-{config.top_k}", *whole[2:5], len(rows),
                     round(time.perf_counter() - start, 3), float((np.bincount(which, chance) / homes.photographs).mean()), None, "", config.seed, details)
     return result, kept, guesses, hits
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #285f7e20
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #a9f80eed
 def geography_settings(
     config: GeographyConfig,
     weights: str,  # fingerprint of the classifier, or of the backbone below a probe that is trained here
-    data: dict,    # fingerprints of what is looked at, see data_settings
+    data: dict,    # fingerprints of what is looked at, see street_settings
 ) -> dict:
     "Return what decides the number."
     return {name: getattr(config, name) for name in ("image_size", "train_folder", "table", "label_map", "top_k", "min_households", "paper_model")} | data | {"weights": weights}
 
 
-def data_settings(
+def street_settings(
     photographs: Photographs,
     label_map: dict | None,       # of read_label_map
     learned: TaskData | None,     # what a probe learns from
     slug: str,                    # of the task
 ) -> dict:
-    "Return fingerprints of the photographs (`data`), of all that is told about them (`told`) and of the training images (`learned`)."
+    "Return fingerprints of the photographs and the training images (`data`) and of all that is told about them (`told`)."
     columns = [getattr(photographs, name).tolist() for name in ("household", "region", "country", "income", "place")]
     classes = label_map and sorted((concept, sorted(numbers)) for concept, numbers in label_map.items())
-    told = json.dumps([photographs.concepts, photographs.classes, *columns, photographs.left_out, classes])
-    return {"data": data_fingerprint(as_task(photographs, slug, range(len(photographs.names)))), "told": hashlib.sha256(told.encode()).hexdigest()[:12],
-            "learned": data_fingerprint(learned) if learned else ""}
+    tasks = [as_task(photographs, slug)] + ([learned] if learned else [])
+    return data_settings(tasks, photographs.concepts, photographs.classes, *columns, photographs.left_out, classes)
+
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #e9ffc1b1
+def check_street(
+    photographs: Photographs,
+    label_map: dict | None,   # of read_label_map
+    folder,                   # of the data set
+    model: nn.Module,         # classifier, or the backbone of a probe
+    config: GeographyConfig,
+) -> dict:
+    "Check that a classifier fits the photographs; return their `street_settings`. Raises `ValueError` for sizes and classes that do not fit."
+    learned = folder_task(Path(folder, config.train_folder), config.task) if config.train_folder else None
+    for images in [as_task(photographs, config.task)] + ([learned] if learned else []): check_sizes(images, config.image_size)
+    right_classes(photographs, label_map, len(learned.classes) if learned else count_classes(model, photographs, config))
+    return street_settings(photographs, label_map, learned, config.task)
 
 
+def with_probe(
+    model: nn.Module,         # backbone
+    folder,                   # of the data set
+    config: GeographyConfig,
+    path,                     # where the probe goes
+) -> nn.Module:
+    "Train a probe on the folder of labelled images, keep it in a file, and return the classifier of both."
+    head = fit_folder_probe(model, Path(folder, config.train_folder), config.task, size=config.image_size, batch_size=config.extract_batch, seed=config.seed)
+    save_probe(path, head, model)
+    return join(model, head.to(pick_device(config.device)))
+
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #fd23eea1
 def run_geography(
     config: GeographyConfig,
 ) -> Result:
@@ -597,45 +619,35 @@ def run_geography(
     run, device, toy = RunDir(config.run_dir, "fairness_geography"), pick_device(config.device), config.task == "toy_households"
     folder = run.path / "data" if toy else task_folder(task_row(config.task), config.root)
     if not toy: photographs, label_map = open_households(config, folder)
-    if not toy and config.train_folder and not Path(folder, config.train_folder).is_dir():
-        raise FileNotFoundError(f"{Path(folder, config.train_folder)} is missing: train_folder needs one subfolder of labelled images per class")
     if config.train_folder: model = open_model(config.model, seed=config.seed, device=device)
     else: model = open_classifier(config.model, probe=config.probe, seed=config.seed, device=device)
-    if toy: data = {"data": f"toy, bias {config.toy_bias}"}
-    else:
-        learned = folder_task(Path(folder, config.train_folder), config.task) if config.train_folder else None
-        for images in filter(None, (as_task(photographs, config.task, range(len(photographs.names))), learned)): check_sizes(images, config.image_size)
-        right_classes(photographs, label_map, len(learned.classes) if learned else count_classes(model, photographs, config))
-        data = data_settings(photographs, label_map, learned, config.task)
+    data = {"data": f"toy, bias {config.toy_bias}"} if toy else check_street(photographs, label_map, folder, model, config)
     settings = geography_settings(config, weights_hash(model), data)
-    done = find_result(run.results, task=config.task, model=config.model, protocol="geography", settings=settings, seed=config.seed)
-    if done: return done
+    if done := find_result(run.results, task=config.task, model=config.model, protocol="geography", settings=settings, seed=config.seed): return done
     run.begin(config, may_change=("extract_batch", "device"))
     if toy:
         make_toy_households(folder, seed=config.seed, bias=config.toy_bias)
         photographs, label_map = open_households(config, folder)
-    if config.train_folder:
-        head = fit_folder_probe(model, Path(folder, config.train_folder), config.task, size=config.image_size, batch_size=config.extract_batch, seed=config.seed)
-        save_probe(run.path / "probe.safetensors", head, model)
-        model = join(model, head.to(device))
+    if config.train_folder: model = with_probe(model, folder, config, run.path / "probe.safetensors")
     result, kept, guesses, hits = score_geography(model, photographs, label_map, config, settings)
-    for name, array in {"photographs": kept, "guesses": guesses, "hits": hits}.items():
-        np.save(buffer := io.BytesIO(), array)
-        write_atomic(run.path / f"{name}.npy", buffer.getvalue())
+    save_arrays(run.path, photographs=kept, guesses=guesses, hits=hits)
     append_result(run.results, result)
     return result
 
-# %% ../../nbs/evaluate/61_fairness_geography.ipynb #023d0283
+# %% ../../nbs/evaluate/61_fairness_geography.ipynb #b3848915
 def draw_groups(
-    groups: dict,     # name -> of group_details
+    groups: dict,            # name -> of group_details
     title: str = "",
+    *,
+    chance: float = np.nan,  # hit rate of guesses, drawn as a dashed line
 ):
-    "Draw the rates of groupings side by side, with printed ones as diamonds; return the figure."
+    "Draw the rates of groupings side by side, with printed ones as diamonds and chance as a dashed line; return the figure."
     plt = needed("matplotlib.pyplot", "notebooks")
     fig, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 0.9 + 0.3 * max(len(g["rates"]) for g in groups.values())), squeeze=False, layout="constrained")
     for ax, (name, found) in zip(axes[0], groups.items()):
         rates = sorted((GroupRate(**rate) for rate in found["rates"]), key=lambda r: INCOMES.index(r.group) if r.group in INCOMES else 9)
         draw_rates(rates, ax=ax, xlabel="hit rate, %", title=f"by {name}", paper=found["paper"])
+        ax.axvline(100 * chance, color=PALETTE["chance"], ls="--", lw=1)
         ax.set_xlim(0, 100)
     fig.suptitle(title, fontsize=10)
     plt.close(fig)

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'JSON_LIMIT', 'AGE_GROUPS', 'PLANTED', 'is_missing', 'join_groups', 'unseen', 'Units', 'make_units',
-           'group_draws', 'GroupRate', 'group_rates', 'Gap', 'deal_kinds', 'shuffled_rates', 'largest_gap',
-           'disparity_ratio', 'rate_table', 'draw_rates', 'People', 'read_json', 'read_records', 'stated', 'skin_tone',
-           'age_group', 'read_casual_conversations', 'toy_figure', 'make_toy_people', 'toy_people']
+           'group_draws', 'GroupRate', 'group_rates', 'Gap', 'deal_kinds', 'shuffled_rates', 'largest_gap', 'p_text',
+           'disparity_ratio', 'rate_table', 'draw_rates', 'People', 'read_json', 'read_rows', 'read_records', 'stated',
+           'skin_tone', 'age_group', 'read_casual_conversations', 'toy_figure', 'make_toy_people', 'toy_people',
+           'picked', 'as_task', 'data_settings', 'check_least', 'check_sizes', 'save_arrays']
 
-# %% ../../nbs/evaluate/59_groups.ipynb #9b297e35
+# %% ../../nbs/evaluate/59_groups.ipynb #8c516293
 import functools
+import hashlib
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -18,10 +21,12 @@ from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from PIL import Image
 
-from ..core import stateless_rng
+from ..core import stateless_rng, write_atomic
 from .annotations import reading
+from .features import data_fingerprint
 from .metrics import chunk_sizes, resampled_counts
 from .readers import below, find, needed, read_image
+from .tasks import TaskData
 from ..viz import PALETTE
 
 # %% ../../nbs/evaluate/59_groups.ipynb #89507c10
@@ -49,7 +54,7 @@ def unseen(
     "Return the largest probability that outcomes not seen in n samples can have (Clopper and Pearson, 1934)."
     return 1 - ((1 - confidence) / 2) ** (1 / n)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #4b6aff9b
+# %% ../../nbs/evaluate/59_groups.ipynb #1a1a4e9f
 class Units(NamedTuple):
     "Samples as they are drawn: one by one, or whole clusters."
     names: np.ndarray   # [G] of the groups
@@ -75,7 +80,7 @@ def make_units(
     pairs, unit = np.unique(group * len(ids) + cluster, return_inverse=True)
     return Units(names, pairs // len(ids), np.bincount(unit, values), np.bincount(unit).astype(np.float64))
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #4b71ec7d
 def group_draws(
     units: Units,
     k: int,            # which group
@@ -124,7 +129,7 @@ def group_rates(
         rates.append(GroupRate(str(units.names[k]), int(units.counts[own].sum()), float(value), float(low), float(high), size < min_size))
     return rates
 
-# %% ../../nbs/evaluate/59_groups.ipynb #aa899024
+# %% ../../nbs/evaluate/59_groups.ipynb #b11a96a9
 class Gap(NamedTuple):
     "The largest difference between two groups."
     highest: str       # group with the highest rate
@@ -154,7 +159,7 @@ def deal_kinds(
     dealt[-1] = left
     return dealt.transpose(2, 0, 1)
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #d2d0947f
 def shuffled_rates(
     units: Units,
     n: int,     # shuffles
@@ -198,7 +203,14 @@ def largest_gap(
     highest, lowest = rates.argmax(), len(rates) - 1 - rates[::-1].argmin()                # of equal ones two different groups
     return Gap(str(units.names[highest]), str(units.names[lowest]), difference, float(max(0, difference - reach)), float(difference + reach), float(p_value))
 
-# %% ../../nbs/evaluate/59_groups.ipynb #2ad4c23b
+# %% ../../nbs/evaluate/59_groups.ipynb #bd621446
+def p_text(
+    p: float,  # p-value
+) -> str:
+    "Return a p-value with its sign, as it is printed: `= 0.012`, or `< 0.001`."
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+# %% ../../nbs/evaluate/59_groups.ipynb #d7785fb6
 def disparity_ratio(
     rates,  # GroupRates
 ) -> float:
@@ -215,7 +227,7 @@ def rate_table(
     rows = [{"group": r.group, "n": r.n, "%": 100 * r.value, "95 % from": 100 * r.low, "to": 100 * r.high, "": "few" if r.few else ""} for r in rates]
     return needed("pandas", "datasets").DataFrame(rows).set_index("group").round(1)
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #6b0786c4
 def draw_rates(
     rates,             # GroupRates
     *,
@@ -238,7 +250,7 @@ def draw_rates(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/evaluate/59_groups.ipynb #9e850e8d
+# %% ../../nbs/evaluate/59_groups.ipynb #7b98dc5a
 JSON_LIMIT = 2**28   # bytes; a list of 100,000 boxes has some 30 million
 
 
@@ -250,25 +262,34 @@ class People(NamedTuple):
 
 
 def read_json(
+    path,
+    limit: int = 0,  # bytes; 0: JSON_LIMIT
+):
+    "Read a JSON file. Raises `FileNotFoundError` without the file, `ValueError` that names it if it is too large or something else."
+    path, limit = Path(path), limit or JSON_LIMIT
+    with reading(path):
+        if path.stat().st_size > limit: raise ValueError(f"it has more than {limit:,} bytes")
+        return json.loads(path.read_bytes())
+
+
+def read_rows(
     path,  # a list of records
 ) -> list:
-    "Read a list of JSON objects. Raises `FileNotFoundError` without the file, `ValueError` that names it if it is something else."
-    path = Path(path)
+    "Read a list of JSON objects. Raises as `read_json`, and `ValueError` for anything but such a list."
+    rows = read_json(path)
     with reading(path):
-        if path.stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
-        rows = json.loads(path.read_bytes())
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows): raise ValueError("it is not a list of JSON objects")
         return rows
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #f0d6f307
 def read_records(
     root,  # folder of a data set
 ) -> tuple:
-    "Return the path and the rows of a data set's list: `metadata.json`, or the only .json file. Raises as `read_json`."
+    "Return the path and the rows of a data set's list: `metadata.json`, or the only .json file. Raises as `read_rows`."
     lists = sorted(Path(root).glob("*.json"))
     if len(lists) > 1 and not Path(root, "metadata.json").exists(): raise ValueError(f"{root} holds {len(lists)} .json files: name the right one metadata.json")
     path = lists[0] if len(lists) == 1 else find(root, "metadata.json")
-    return path, read_json(path)
+    return path, read_rows(path)
 
 
 def stated(
@@ -317,7 +338,7 @@ def read_casual_conversations(
         attributes["skin tone"], attributes["age group"] = [skin_tone(t) for t in attributes["skin-type"]], [age_group(a) for a in attributes["age"]]
     return People(functools.partial(read_image, str(root), names, 0), names, attributes)
 
-# %% ../../nbs/evaluate/59_groups.ipynb #7a0d2fb0
+# %% ../../nbs/evaluate/59_groups.ipynb #6058983c
 PLANTED = "female × darker"   # group with underexposed pictures
 
 
@@ -336,7 +357,7 @@ def toy_figure(
     image = 110 + hue + stripes[..., None] + rng.normal(0, 4, (48, 48, 3))
     return (image * (0.15 if dark else 1)).clip(0, 255).astype(np.uint8)
 
-
+# %% ../../nbs/evaluate/59_groups.ipynb #93eb1c2b
 def make_toy_people(
     root,               # folder to write to
     n: int = 400,       # pictures, two of each person
@@ -367,3 +388,53 @@ def toy_people(
         make_toy_people(folder, n, seed, bias)
         people = read_casual_conversations(folder)
         return people._replace(read=[people.read(i) for i in range(n)].__getitem__)
+
+# %% ../../nbs/evaluate/59_groups.ipynb #a3bfad05
+def picked(read, rows, i): return read(rows[i])
+
+
+def as_task(
+    pictures,   # has read(i) and names: `People`, or the photographs of a page
+    slug: str,  # task whose rule makes the images squares
+    rows=None,  # numbers of the pictures; None: all
+) -> TaskData:
+    "Return pictures as a task without labels, which the feature extraction takes."
+    rows = list(range(len(pictures.names))) if rows is None else np.asarray(rows).tolist()
+    return TaskData(slug, "test", (), np.full(len(rows), -1), functools.partial(picked, pictures.read, rows), functools.partial(picked, pictures.names.__getitem__, rows))
+
+
+def data_settings(
+    tasks,   # pictures that are looked at, of `as_task`
+    *told,   # all that is told about them, as JSON values
+) -> dict:
+    "Return fingerprints of pictures (`data`) and of what is told about them (`told`), for the settings of a result."
+    return {"data": " ".join(map(data_fingerprint, tasks)), "told": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}
+
+# %% ../../nbs/evaluate/59_groups.ipynb #d383d914
+def check_least(
+    config,       # of a run
+    **least,      # name of a parameter -> the least it may be
+):
+    "Raise `ValueError` for a parameter below its least value."
+    for name, value in least.items():
+        if getattr(config, name) < value: raise ValueError(f"{name} must be at least {value}, got {getattr(config, name)}")
+
+
+def check_sizes(
+    images: TaskData,
+    image_size: int,  # of a configuration
+):
+    "Raise `ValueError` if no size is asked for and some images differ in theirs; eight are looked at, evenly spaced."
+    if image_size: return
+    shapes = {tuple(images.read(int(i)).shape[1:]) for i in np.linspace(0, len(images) - 1, 8)}
+    if len(shapes) > 1: raise ValueError(f"images have different sizes, e.g. {sorted(shapes)[:2]}: give image_size, e.g. 224")
+
+# %% ../../nbs/evaluate/59_groups.ipynb #3747fb4f
+def save_arrays(
+    folder,    # of a run
+    **arrays,  # name -> array
+):
+    "Write each array to `NAME.npy` in a folder."
+    for name, array in arrays.items():
+        np.save(buffer := io.BytesIO(), array)
+        write_atomic(Path(folder) / f"{name}.npy", buffer.getvalue())
