@@ -45,7 +45,7 @@ def sinkhorn(
             v = 1 / (u @ E.mT).clamp_min(tiny)
         return E.mul_(v.mT).mul_(u)
 
-# %% ../nbs/30_swav.ipynb #4889be05
+# %% ../nbs/30_swav.ipynb #b8867138
 def swapped_prediction(
     scores: list,              # V tensors [B, K], with gradient
     codes_ABK,                 # float32 [n_large, B, K], of the first n_large crops
@@ -59,7 +59,7 @@ def swapped_prediction(
         loss = loss + F.cross_entropy(scores_BK.float() / temperature, target_BK)
     return loss / (n_large * (len(scores) - 1))
 
-
+# %% ../nbs/30_swav.ipynb #58b92142
 def swav_codes(
     scores: list,           # n_large tensors [B, K]
     epsilon: float = 0.05,  # of sinkhorn
@@ -72,7 +72,7 @@ def swav_codes(
     if queue_scores is not None: batch = torch.cat([batch, torch.stack([s.detach().float() for s in queue_scores])], 1)
     return sinkhorn(batch, epsilon, n_iters, group)[:, : len(scores[0])]
 
-
+# %% ../nbs/30_swav.ipynb #b7faca75
 def swav_loss(
     scores: list,              # V tensors [B, K], large crops first
     n_large: int = 2,          # crops that have codes
