@@ -24,7 +24,8 @@ def sinkhorn(
 ):
     """Return the codes, float32 [..., B, K]: rows sum to 1, columns nearly to B / K.
 
-    Sinkhorn-Knopp on exp(scores / epsilon) (Caron et al. 2020, section 3.1), always in fp32. Raises `ValueError` for epsilon <= 0 or n_iters < 1.
+    Sinkhorn-Knopp on exp(scores / epsilon) (Caron et al. 2020, section 3.1), always in fp32. With an epsilon below about 0.009, an image that is no
+    prototype's best may get an empty code. Raises `ValueError` for epsilon <= 0 or n_iters < 1.
     """
     if epsilon <= 0: raise ValueError(f"epsilon must be positive, got {epsilon}")
     if n_iters < 1: raise ValueError(f"n_iters must be at least 1, got {n_iters}")
