@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/30_swav.ipynb #a55807db
+# %% ../nbs/30_swav.ipynb #a59af9cb
 @torch.no_grad()
 def sinkhorn(
     scores_BK,              # float [..., B, K], cosines; leading dimensions are separate problems
