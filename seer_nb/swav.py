@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/30_swav.ipynb #a55807db
+# %% ../nbs/30_swav.ipynb #a59af9cb
 @torch.no_grad()
 def sinkhorn(
     scores_BK,              # float [..., B, K], cosines; leading dimensions are separate problems
@@ -24,7 +24,8 @@ def sinkhorn(
 ):
     """Return the codes, float32 [..., B, K]: rows sum to 1, columns nearly to B / K.
 
-    Sinkhorn-Knopp on exp(scores / epsilon) (Caron et al. 2020, section 3.1), always in fp32. Raises `ValueError` for epsilon <= 0 or n_iters < 1.
+    Sinkhorn-Knopp on exp(scores / epsilon) (Caron et al. 2020, section 3.1), always in fp32. With an epsilon below about 0.009, an image that is no
+    prototype's best may get an empty code. Raises `ValueError` for epsilon <= 0 or n_iters < 1.
     """
     if epsilon <= 0: raise ValueError(f"epsilon must be positive, got {epsilon}")
     if n_iters < 1: raise ValueError(f"n_iters must be at least 1, got {n_iters}")
@@ -45,7 +46,7 @@ def sinkhorn(
             v = 1 / (u @ E.mT).clamp_min(tiny)
         return E.mul_(v.mT).mul_(u)
 
-# %% ../nbs/30_swav.ipynb #4889be05
+# %% ../nbs/30_swav.ipynb #b8867138
 def swapped_prediction(
     scores: list,              # V tensors [B, K], with gradient
     codes_ABK,                 # float32 [n_large, B, K], of the first n_large crops
@@ -59,7 +60,7 @@ def swapped_prediction(
         loss = loss + F.cross_entropy(scores_BK.float() / temperature, target_BK)
     return loss / (n_large * (len(scores) - 1))
 
-
+# %% ../nbs/30_swav.ipynb #58b92142
 def swav_codes(
     scores: list,           # n_large tensors [B, K]
     epsilon: float = 0.05,  # of sinkhorn
@@ -72,7 +73,7 @@ def swav_codes(
     if queue_scores is not None: batch = torch.cat([batch, torch.stack([s.detach().float() for s in queue_scores])], 1)
     return sinkhorn(batch, epsilon, n_iters, group)[:, : len(scores[0])]
 
-
+# %% ../nbs/30_swav.ipynb #b7faca75
 def swav_loss(
     scores: list,              # V tensors [B, K], large crops first
     n_large: int = 2,          # crops that have codes

@@ -6,7 +6,7 @@
 __all__ = ['MAY_CHANGE', 'PEAKS', 'NO_STEPS', 'PretrainConfig', 'Training', 'build_training', 'NotFinite', 'train_step',
            'build_loader', 'pack', 'training_flops', 'RunResult', 'pretrain']
 
-# %% ../nbs/32_trainer.ipynb #b9f2f758
+# %% ../nbs/32_trainer.ipynb #f4b972aa
 import dataclasses
 import functools
 import json
@@ -32,7 +32,7 @@ from .shards import sampler_for
 from .streaming import peak_memory
 from .swav import Queue, SwAV, collapse_metrics, diagnose, swapped_prediction, swav_codes
 
-# %% ../nbs/32_trainer.ipynb #f9b1deec
+# %% ../nbs/32_trainer.ipynb #2d13e819
 MAY_CHANGE = ("max_bad", "device", "compile", "channels_last", "sharded", "reshard", "offload", "cuts", "workers", "timeout",      # when a run goes on
               "log_every", "tensorboard", "checkpoint_every", "keep", "keep_every")
 
@@ -99,22 +99,7 @@ class PretrainConfig:
     keep: int = 2                  # newest checkpoints kept, at least 2
     keep_every: int = 0            # checkpoints at multiples of this step stay as well; 0: none
 
-    def __post_init__(self):
-        def need(ok, message):
-            if not ok: raise ValueError(f"PretrainConfig: {message}")
-        need(self.backbone in REGNETY, f"no backbone {self.backbone!r}; there are {', '.join(REGNETY)}")
-        for name in ("precision", "reduce_precision"): need(getattr(self, name) in DTYPES, f"{name} must be {', '.join(DTYPES)}, got {getattr(self, name)!r}")
-        need(self.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {self.device!r}")
-        for name in ("batch_size", "accumulate", "steps", "lanes", "n_prototypes", "log_every", "checkpoint_every", "head_width", "out_features"):
-            need(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_images", "shrink", "queue_length", "queue_start", "freeze_prototypes", "workers", "head_depth", "seed", "keep_every"):
-            need(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        need(self.keep >= 2, f"keep must be at least 2, got {self.keep}: if the newest checkpoint is damaged, the run goes on from the one before")
-        need(self.batch_size % self.accumulate == 0, f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
-        need(1 <= self.n_large <= self.n_large + self.n_small and self.n_large + self.n_small >= 2,
-             f"needs a large crop and a second crop, got n_large={self.n_large}, n_small={self.n_small}")
-        warmup_cosine(0, self.steps, self.warmup_steps, self.start_rate, self.peak_rate, self.end_rate)
-        self.parts()
+    def __post_init__(self): _check(self)
 
     def parts(self) -> tuple:
         "Return `cuts` as `checkpoint_stages` takes them."
@@ -142,7 +127,26 @@ class PretrainConfig:
         return MultiCrop(self.n_large, self.n_small, self.large_size, self.small_size, (self.min_large, 1.0), (self.min_small, self.max_small),
                          strength=self.strength, sigma=(min(0.1, self.max_blur), self.max_blur), on_device=self.device_colour)
 
-# %% ../nbs/32_trainer.ipynb #e544e85c
+# %% ../nbs/32_trainer.ipynb #bd9a8f3c
+def _check(config):
+    "Raise `ValueError` for settings that cannot work, alone or together."
+    def need(ok, message):
+        if not ok: raise ValueError(f"PretrainConfig: {message}")
+    c = config
+    need(c.backbone in REGNETY, f"no backbone {c.backbone!r}; there are {', '.join(REGNETY)}")
+    for name in ("precision", "reduce_precision"): need(getattr(c, name) in DTYPES, f"{name} must be {', '.join(DTYPES)}, got {getattr(c, name)!r}")
+    need(c.device in ("auto", "cpu", "cuda"), f"device must be auto, cpu or cuda, got {c.device!r}")
+    for name in ("batch_size", "accumulate", "steps", "lanes", "n_prototypes", "log_every", "checkpoint_every", "head_width", "out_features"):
+        need(getattr(c, name) >= 1, f"{name} must be at least 1, got {getattr(c, name)}")
+    for name in ("max_images", "shrink", "queue_length", "queue_start", "freeze_prototypes", "workers", "head_depth", "seed", "keep_every"):
+        need(getattr(c, name) >= 0, f"{name} must not be negative, got {getattr(c, name)}")
+    need(c.keep >= 2, f"keep must be at least 2, got {c.keep}: if the newest checkpoint is damaged, the run goes on from the one before")
+    need(c.batch_size % c.accumulate == 0, f"batch_size {c.batch_size} is not divisible by accumulate {c.accumulate}")
+    need(1 <= c.n_large <= c.n_large + c.n_small and c.n_large + c.n_small >= 2, f"needs a large crop and a second crop, got n_large={c.n_large}, n_small={c.n_small}")
+    c.rate(0)
+    c.parts()
+
+# %% ../nbs/32_trainer.ipynb #826d562e
 @dataclasses.dataclass
 class Training:
     "The parts of a run that change as it learns."
@@ -152,7 +156,7 @@ class Training:
     scaler: torch.amp.GradScaler  # loss scale, active in fp16 only
     step: int = 0             # optimizer steps taken
 
-
+# %% ../nbs/32_trainer.ipynb #bd3cce2d
 def _share(count, what):
     "Return this rank's share of `count`."
     if count % world_size(): raise ValueError(f"{what} {count} does not divide among {world_size()} ranks")
@@ -280,7 +284,7 @@ def training_flops(
     head = sum(p.numel() for p in model.head.parameters() if p.ndim == 2)
     return 6 * sum(n * (count_macs(model.backbone, size) + head) for size, n in sizes.items())
 
-# %% ../nbs/32_trainer.ipynb #fc4d7bf5
+# %% ../nbs/32_trainer.ipynb #300c2834
 def _log_row(config, training, out, device, losses, seconds, waited):
     "Make a row of metrics.jsonl."
     loss = sum(losses) / len(losses)
@@ -296,7 +300,7 @@ def _log_row(config, training, out, device, losses, seconds, waited):
         row["warnings"] = diagnose(loss, metrics, config.n_prototypes, config.batch_size + config.queue_length, config.epsilon)
     return row
 
-
+# %% ../nbs/32_trainer.ipynb #6044426e
 def _line(row, config):
     "Say the row in one line."
     if not row: return ""
@@ -304,7 +308,7 @@ def _line(row, config):
     return (f"loss {row['loss']:.3f} (ln K {math.log(config.n_prototypes):.3f}), prototypes in use {row['prototype_usage']:.0%}, rate {row['learning_rate']:.3g}, "
             f"gradient {row['gradient_norm']:.2g}, {row['images_per_s']:.0f} images/s, {row['tflops']:.2g} TFLOP/s{mfu}, {row['memory_gib']:.1f} GiB, waiting {row['data_wait']:.0%}")
 
-
+# %% ../nbs/32_trainer.ipynb #ff11f8db
 def _recorder(config, run, step):
     "Return the function that keeps a row; rows after `step`, of an earlier attempt, are dropped."
     log = MetricLog(run.metrics)
@@ -373,7 +377,7 @@ def _stop(run, reason, step, scores, codes):
     raise NotFinite(f"{reason}; scores and codes are in {dump.name}, the last good checkpoint is {kept[-1]}. "
                     "Lower peak_rate or raise epsilon, in a new run_dir.", scores, codes) from None
 
-# %% ../nbs/32_trainer.ipynb #702b97b4
+# %% ../nbs/32_trainer.ipynb #cb619c73
 class RunResult(NamedTuple):
     "What a pretraining run leaves."
     run_dir: Path     # the folder
