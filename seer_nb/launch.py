@@ -653,7 +653,7 @@ def draw_board(
 # %% ../nbs/43_launch.ipynb #209d7138
 def _parser():
     "Return the command line: an option for each of `Resources`, explained by its comment."
-    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__, epilog="instead of a notebook: suite (a model on many tasks) and collect (their results); see suite --help")
+    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__, epilog="instead of a notebook: suite (a model on many tasks, then the scoreboard) and collect FOLDER (the results of a suite, and its scoreboard); see suite --help")
     parser.add_argument("notebook")
     parser.add_argument("-f", "--file", default="", metavar="PRESET.yaml", help="parameters of the run")
     parser.add_argument("-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one of them")
