@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEEP_FREED_MEMORY', 'OUTCOMES', 'parameters_of', 'notebook_name', 'read_params', 'check_run', 'Stopped',
            'run_notebook', 'write_html', 'results_table', 'Resources', 'sbatch_settings', 'sbatch_script',
-           'run_attempt', 'NotebookJob', 'Job', 'find_job', 'submit', 'submit_suite', 'collect_results', 'memory_text',
-           'array_runs', 'main']
+           'run_attempt', 'NotebookJob', 'Job', 'find_job', 'submit', 'submit_suite', 'collect_results', 'board_page',
+           'draw_board', 'memory_text', 'array_runs', 'main']
 
 # %% ../nbs/43_launch.ipynb #22303314
 import argparse
@@ -14,7 +14,6 @@ import ast
 import asyncio
 import contextlib
 import dataclasses
-import glob
 import html
 import inspect
 import json
@@ -37,18 +36,21 @@ from .checkpoints import CheckpointError, lock_folder, saved_steps, unlock
 from .core import STOP_SIGNALS, MetricLog, RunDir, answering, attempts, did_you_mean, environment_text, make_config, watched, write_atomic
 from .distributed import RANK_LOST, find_place
 
-# %% ../nbs/43_launch.ipynb #176c23e3
+# %% ../nbs/43_launch.ipynb #d0f871b6
 def parameters_of(
     notebook,  # path of a notebook with one cell tagged "parameters"
 ):
     "Return the notebook's parameters cell as a dataclass: names, types, defaults."
     from papermill import inspect_notebook
     fields = []
-    for p in inspect_notebook(str(notebook)).values():
+    for p in inspect_notebook(_no_template(notebook)).values():
         default = ast.literal_eval(p["default"])
         kind = p["inferred_type_name"]
         fields.append((p["name"], type(default).__name__ if kind == "None" else kind, default))
     return dataclasses.make_dataclass(notebook_name(notebook), fields)
+
+
+def _no_template(path): return str(path).replace("{", "{{").replace("}", "}}")     # papermill fills in what stands in braces
 
 
 def notebook_name(
@@ -86,7 +88,7 @@ def _value(text, kind):
         with contextlib.suppress(ValueError): return float(text)            # YAML takes 1e-5 for a text
     return yaml.safe_load(text)
 
-# %% ../nbs/43_launch.ipynb #82069e9c
+# %% ../nbs/43_launch.ipynb #9e446c79
 def check_run(
     notebook,        # path of a notebook
     params: dict = {},  # name -> value
@@ -222,7 +224,7 @@ def _execute(notebook, run, params, show):
             _apart(asyncio.run, km.shutdown_kernel(now=True))
             if report.exists() and not rank: write_html(report)
 
-# %% ../nbs/43_launch.ipynb #ade1dbe2
+# %% ../nbs/43_launch.ipynb #90b0a86b
 @contextlib.contextmanager
 def _recorded(run, job="here"):
     "Record an attempt of a run, if this is rank 0: when it begins, and how it ends. Raises `ValueError` if another attempt is still going."
@@ -266,9 +268,6 @@ def _run_of(notebook, params):
     "Return the run folder that the parameters name."
     if find_place().world_size > 1 and not params.get("run_dir"): raise ValueError("many ranks share one folder: say which, with -p run_dir FOLDER")
     return RunDir(params.get("run_dir", ""), name=notebook_name(notebook))
-
-
-def _no_template(path): return str(path).replace("{", "{{").replace("}", "}}")     # papermill fills in what stands in braces
 
 
 def _end_of(kernel):
@@ -334,7 +333,7 @@ class Resources:
         days, hours, minutes = (int(part or 0) for part in match.groups())
         return (24 * days + hours) * 60 + minutes
 
-# %% ../nbs/43_launch.ipynb #871e7ebb
+# %% ../nbs/43_launch.ipynb #e294e8d5
 _PYTHON = f"""sh -c 'trap "" USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
 
 
@@ -342,12 +341,13 @@ def sbatch_settings(
     resources: Resources,
     name: str = "run",  # of the job
     workers: int = 0,   # of the loader, per rank
+    after: str = "",    # numbers of jobs that must have ended, with colons between them
 ) -> dict:
     "Return submitit's settings for a job."
     r = resources
     settings = {"job_name": name, "nodes": r.nodes, "ntasks_per_node": r.ranks // r.nodes, "cpus_per_task": r.cpus_per_rank or workers + 2, "gpus_per_node": r.gpus_per_node,
                 "time": r.minutes, "partition": r.partition, "account": r.account, "qos": r.qos, "constraint": r.constraint}
-    extra = {"requeue": True} | ({"mem": r.memory} if r.memory else {})
+    extra = {"requeue": True} | ({"mem": r.memory} if r.memory else {}) | ({"dependency": f"afterany:{after}"} if after else {})
     return {k: v for k, v in settings.items() if v} | {"signal_delay_s": r.grace, "stderr_to_stdout": True, "setup": ["trap '' USR2"], "additional_parameters": extra}
 
 
@@ -506,12 +506,13 @@ def find_job(
     told = json.loads(file.read_text()) if file.exists() else {}
     return Job(Path(run_dir).absolute(), told["cluster"], told["id"], Path(told["logs"])) if told.get("id") else None
 
-# %% ../nbs/43_launch.ipynb #c733fcd0
+# %% ../nbs/43_launch.ipynb #c34a7583
 def submit(
     notebook,             # path of a notebook with a parameter run_dir
     params: dict = {},    # name -> value
     resources: dict = {},  # name -> value, of `Resources`
     cluster: str = "auto",  # slurm, local (processes of this machine), debug (here and now), or auto: slurm if it is there
+    after: str = "",      # on Slurm: numbers of jobs that must have ended, well or not, with colons between them
 ) -> Job:
     "Send a notebook to a cluster. Whatever is wrong with it raises `ValueError`, `TypeError` or `FileNotFoundError` before anything is written."
     r, name = make_config(Resources, resources), notebook_name(notebook)
@@ -528,12 +529,12 @@ def submit(
         heard = run_attempt(run.path)[1]
         if heard: raise Stopped("told to stop", heard)
         return find_job(run.path)
-    try: number = _executor(logs, r, cluster, name, getattr(config, "workers", 0)).submit(_importable("NotebookJob")(run.path)).job_id
+    try: number = _executor(logs, r, cluster, name, getattr(config, "workers", 0), after).submit(_importable("NotebookJob")(run.path)).job_id
     except RuntimeError as error: raise ValueError(f"{cluster} refused the job: {error}") from None
     _keep_id(run, number)
     return find_job(run.path)
 
-# %% ../nbs/43_launch.ipynb #14d9ca19
+# %% ../nbs/43_launch.ipynb #48c10de7
 def _prepare(notebook, params, resources):
     "Return run folder and parameters of a job that can be sent; writes nothing."
     config = check_run(notebook, params, resources.ranks)
@@ -551,7 +552,7 @@ def _snapshot(run, notebook, config, resources, cluster, logs):
     write_atomic(run.environment, environment_text())
     source = run.path / "source.ipynb"
     if not (source.exists() and source.samefile(notebook)): write_atomic(source, Path(notebook).read_bytes())
-    told = {"notebook": str(notebook), "params": {**dataclasses.asdict(config), "run_dir": str(run.path)}, "resources": dataclasses.asdict(resources), "cluster": cluster, "logs": str(logs)}
+    told = {"notebook": str(Path(notebook).absolute()), "params": {**dataclasses.asdict(config), "run_dir": str(run.path)}, "resources": dataclasses.asdict(resources), "cluster": cluster, "logs": str(logs)}
     write_atomic(run.path / "job.json", json.dumps(told))
     logs.mkdir(mode=0o700, exist_ok=True)                                   # pickles: who can write here can run code
 
@@ -567,19 +568,19 @@ def _importable(name):
     return getattr(seer_nb.launch, name)
 
 
-def _executor(logs, resources, cluster, name, workers):
+def _executor(logs, resources, cluster, name, workers, after=""):
     "Return submitit's executor."
     import submitit
     if cluster == "slurm":
         executor = submitit.SlurmExecutor(logs, python=_PYTHON)
-        executor.update_parameters(**sbatch_settings(resources, name, workers))
+        executor.update_parameters(**sbatch_settings(resources, name, workers, after))
     else:
         executor = submitit.LocalExecutor(logs, python=_PYTHON)
         executor.update_parameters(timeout_min=resources.minutes, tasks_per_node=resources.ranks, gpus_per_node=resources.gpus_per_node, signal_delay_s=resources.grace,
                                    stderr_to_stdout=True)
     return executor
 
-# %% ../nbs/43_launch.ipynb #2f748b4d
+# %% ../nbs/43_launch.ipynb #dba61e05
 def submit_suite(
     notebook,              # path of a notebook with a parameter run_dir
     runs: dict,            # name -> parameters of a run
@@ -593,8 +594,8 @@ def submit_suite(
     if cluster == "auto": cluster = "slurm" if shutil.which("sbatch") else "debug"
     if cluster not in ("slurm", "debug") or cluster == "slurm" and not shutil.which("sbatch"): raise ValueError("a suite needs Slurm (there is no sbatch), or cluster='debug'")
     for name in runs:
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("job", "results.jsonl"):
-            raise ValueError(f"the name of a run names its folder: letters, digits, '.', '_' and '-', not job or results.jsonl, got {name!r}")
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("job", "attempts", "results.jsonl"):
+            raise ValueError(f"the name of a run names its folder: letters, digits, '.', '_' and '-', not job, attempts or results.jsonl, got {name!r}")
     runs = {name: {**params, "run_dir": str(folder / name)} for name, params in runs.items()}
     ready = [_prepare(notebook, params, r) for params in runs.values()]
     if cluster == "debug": return {name: submit(notebook, params, resources, cluster) for name, params in runs.items()}
@@ -609,21 +610,50 @@ def submit_suite(
     return {name: find_job(folder / name) for name in runs}
 
 
+def _runs_of(folder):
+    runs = sorted(file.parent for file in Path(folder).glob("*/job.json"))
+    if not runs: raise FileNotFoundError(f"{folder} holds no runs that were submitted: give the folder of a suite")
+    return runs
+
+
 def collect_results(
     folder,  # of a suite
 ) -> dict:   # name of a run that is not done -> its state and the reason
     "Write the results of all runs of a suite to its own `results.jsonl`. Raises `FileNotFoundError` if the folder holds no runs."
-    if not list(Path(folder).glob("*/job.json")): raise FileNotFoundError(f"{folder} holds no runs that were submitted: give the folder of a suite")
-    runs = sorted(file.parent for file in Path(folder).glob("*/job.json"))
+    runs = _runs_of(folder)
     rows = [row for run in runs for row in MetricLog(run / "results.jsonl").rows()]
     write_atomic(Path(folder) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     states = {run.name: job.state if (job := find_job(run)) else "not sent" for run in runs}
     return {run.name: f"{states[run.name]}: {(attempts(run) or [{}])[-1].get('reason', '')}" for run in runs if states[run.name] != "done"}
 
+# %% ../nbs/43_launch.ipynb #04a4c2cd
+def board_page(
+    notebook,  # path of a page
+) -> Path | None:
+    "Return the page that draws the results of a page: `*_scoreboard.ipynb` beside it; None if there is none."
+    return next(Path(notebook).absolute().parent.glob("*_scoreboard.ipynb"), None)
+
+
+def draw_board(
+    folder,  # of a suite
+) -> Job | None:
+    """Run the scoreboard page over a suite, in the suite's folder: here, or on Slurm when its last run has ended.
+
+    Returns None if the suite's page has no scoreboard beside it, and the job that will draw it anyway if there is one. Raises `FileNotFoundError` if the folder holds no runs.
+    """
+    folder = Path(folder).absolute()
+    runs = _runs_of(folder)
+    told = json.loads((runs[0] / "job.json").read_text())
+    page, before, jobs = board_page(told["notebook"]), find_job(folder), [find_job(run) for run in runs]
+    if page is None or before and before.queued: return before if page else None
+    after = ":".join(sorted({job.id.partition("_")[0] for job in jobs if job and job.queued}))
+    where = {name: told["resources"][name] for name in ("partition", "account", "qos")} | {"time": "1:00"}
+    return submit(page, {"suite": str(folder), "paper_model": "auto", "run_dir": str(folder)}, where, "slurm" if after else "debug", after)
+
 # %% ../nbs/43_launch.ipynb #209d7138
 def _parser():
     "Return the command line: an option for each of `Resources`, explained by its comment."
-    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__, epilog="instead of a notebook: suite (a model on many tasks) and collect (their results); see suite --help")
+    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch", description=main.__doc__, epilog="instead of a notebook: suite (a model on many tasks, then the scoreboard) and collect FOLDER (the results of a suite, and its scoreboard); see suite --help")
     parser.add_argument("notebook")
     parser.add_argument("-f", "--file", default="", metavar="PRESET.yaml", help="parameters of the run")
     parser.add_argument("-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one of them")
@@ -660,7 +690,7 @@ def _dry_run(notebook, params, resources, **array):
     if isinstance(config, PretrainConfig) and resources.gpus_per_node: print(memory_text(config, resources))
     check_run(notebook, params, resources.ranks)
 
-# %% ../nbs/43_launch.ipynb #4701862e
+# %% ../nbs/43_launch.ipynb #761ca30c
 def array_runs(
     cls,          # a dataclass, such as `parameters_of` returns
     array,        # name of a parameter, and its values with commas between them
@@ -686,27 +716,35 @@ def _array(args, resources):
         widest = max(runs.values(), key=lambda params: params.get("workers", getattr(default, "workers", 0)))
         print()
         _dry_run(args.notebook, {**widest, "run_dir": str(folder)}, r, map_count=len(runs), array_parallelism=args.at_once)
+        if page := board_page(args.notebook): print(f"when all have ended: {page.name}, as one more job")
         for params in runs.values(): check_run(args.notebook, params, r.ranks)
         return 0
     jobs = submit_suite(args.notebook, runs, folder, resources, args.at_once, args.cluster or ("auto" if resources else "debug"))
     for name, job in jobs.items(): print(f"{name:24} {job.cluster} {job.id} {job.state}")
     if not any(job.queued for job in jobs.values()): return _collect(folder)
-    print(f"afterwards: python -m seer_nb.launch collect {shlex.quote(str(folder))}")
+    _board(folder)
+    print(f"by hand: python -m seer_nb.launch collect {shlex.quote(str(folder))}")
     return 0
 
 
 def _collect(folder):
-    "Collect the results of a suite and print them; return 1 if a run is not done."
+    "Collect the results of a suite, print them and draw the board; return 1 if a run or the board is not done."
     unfinished = collect_results(folder)
     for name, reason in unfinished.items(): print(f"{name:24} {reason}")
-    results = Path(folder) / "results.jsonl"
-    print(f"\n{results_table(*sorted(Path(folder).glob('*/results.jsonl')))}\n\n{results}")
-    if any({"task", "protocol", "settings"} <= set(row) for row in MetricLog(results).rows()):
-        pattern = re.sub(r"\s", "?", glob.escape(str(results)))                 # the page takes patterns with spaces between them
-        print(f"side by side with the paper: python -m seer_nb.launch nbs/evaluate/69_scoreboard.ipynb -p results {shlex.quote(pattern)}")
-    return int(bool(unfinished))
+    print(f"\n{results_table(*sorted(Path(folder).glob('*/results.jsonl')))}\n\n{Path(folder) / 'results.jsonl'}")
+    return int(not _board(folder) or bool(unfinished))
 
-# %% ../nbs/43_launch.ipynb #bec05407
+
+def _board(folder):
+    "Draw the board of a suite, or let a job do it; print where it is and return whether it is well."
+    job = draw_board(folder)
+    if job is None: return True
+    if job.queued: print(f"{'scoreboard':24} {job.cluster} {job.id} {job.state}: draws the board when all runs have ended")
+    elif job.state != "done": print(f"{'scoreboard':24} {job.state}: {attempts(job.run_dir)[-1].get('reason', '')}")
+    print(*(job.run_dir / name for name in ("report.html", "scoreboard.html", "scoreboard.png") if job.queued or (job.run_dir / name).exists()), sep="\n")
+    return bool(job.queued) or job.state == "done"
+
+# %% ../nbs/43_launch.ipynb #25b63dec
 def _suite(words):
     "Return the words of `main` for a suite. Raises `ValueError` for a task that does not exist or that another page reads."
     from seer_nb.evaluate.tasks import task_row

@@ -1,4 +1,6 @@
 "A notebook as a job: told to stop, lost, failed, cancelled; many ranks; what is sent to a cluster. Slurm itself is in test_slurm.py, bad input and `make` in test_demo.py."
+import csv
+import json
 import os
 import pickle
 import re
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -14,7 +17,8 @@ import psutil
 import pytest
 
 from seer_nb import launch
-from seer_nb.core import time_account
+from seer_nb.core import MetricLog, time_account, write_atomic
+from seer_nb.evaluate.tasks import paper_score
 from seer_nb.launch import Resources, Stopped, attempts, find_job, run_notebook, sbatch_script, submit
 
 TOP = Path(__file__).resolve().parent.parent
@@ -266,7 +270,7 @@ def test_a_suite_is_an_array_of_tasks(tmp_path, capsys, monkeypatch):
     words = ["suite", "--model", "random:regnety_toy", "--tasks", "toy_digits,toy_scenes", "--protocol", "knn", "-p", "run_dir", str(tmp_path), "--gpus-per-node", "1", "--dry-run"]
     assert launch.main(words) == 0
     out = capsys.readouterr().out
-    assert "--array=0-1%2" in out and "'task': 'toy_scenes'" in out and "#SBATCH --job-name=knn" in out
+    assert "--array=0-1%2" in out and "'task': 'toy_scenes'" in out and "#SBATCH --job-name=knn" in out and "when all have ended: 69_scoreboard.ipynb" in out
     assert launch.main([*words, "--gpus-per-node", "8"]) == 2 and "runs on one process, not on 8" in capsys.readouterr().err
     spaced = [word.replace(",", ", ") for word in words]
     assert launch.main([*spaced, "--file=nbs/params/knn/smoke.yaml"]) == 0 and f"{tmp_path / 'toy_scenes'}  {{" in capsys.readouterr().out
@@ -282,17 +286,44 @@ def test_a_suite_is_an_array_of_tasks(tmp_path, capsys, monkeypatch):
     assert launch.main(["collect", str(tmp_path)]) == 2 and "holds no runs" in capsys.readouterr().err
 
 
-def test_what_a_suite_leaves_is_what_the_scoreboard_reads(tmp_path, capsys):
-    from seer_nb.evaluate import scoreboard
+def test_the_end_of_a_suite_is_a_board(tmp_path, capsys):
+    "Two tasks measured, one failed, one that never started: page 69 in the suite's folder, with what is printed of the network that the model's name speaks of."
     from seer_nb.evaluate.tasks import Result, append_result
-    folder = tmp_path / "a suite [1]"
-    for task in ("toy_digits", "toy_count"):
-        append_result(folder / task / "results.jsonl", Result(task, "m", "knn", {"k": 20, "weights": "w"}, "top-1", 0.5, 0.4, 0.6, 100, 1.0, 0.1, None, "", 0, {}))
-        (folder / task / "job.json").write_text("{}")
-    launch.main(["collect", str(folder)])
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert (TOP / words[-4]).is_file() and words[-3:-1] == ["-p", "results"]
-    assert {r.task for r in scoreboard.collect_results(words[-1])} == {"toy_digits", "toy_count"}
+    folder, page = tmp_path / "a suite [1] {x}", str(TOP / "nbs/evaluate/52_linear.ipynb")
+    told = json.dumps({"notebook": page, "resources": asdict(Resources()), "cluster": "debug", "id": "here", "logs": ""})
+    for task, record in (("toy_digits", {"outcome": "done"}), ("dtd", {"outcome": "done"}), ("food101", {"outcome": "failed", "reason": "no luck | at all"}), ("svhn", {})):
+        write_atomic(folder / task / "job.json", told)
+        if record: MetricLog(folder / task / "attempts.jsonl").log(attempt=1, **record)
+        if record.get("outcome") == "done": append_result(folder / task / "results.jsonl", Result(task, "seer:x/seer_10b", "linear", {}, "top-1", 0.5, 0.4, 0.6, 100, 1.0, 0.1, None, "", 0, {}))
+    assert launch.main(["collect", str(folder)]) == 1                              # not all is done
+    out = capsys.readouterr().out
+    assert re.search(r"^food101 +failed: no luck", out, re.M) and re.search(r"^svhn +lost", out, re.M)
+    paths = [Path(line) for line in out.splitlines() if line.startswith(str(folder))]
+    assert [path.name for path in paths] == ["results.jsonl", "report.html", "scoreboard.html", "scoreboard.png"] and all(path.stat().st_size > 100 for path in paths)
+    board, = attempts(folder)
+    assert board["outcome"] == "done" and find_job(folder).state == "done"
+    page, report = (folder / "scoreboard.html").read_text(), (folder / "report.html").read_text()
+    assert "Sent, but not done" in page and "failed: no luck | at all" in page and "never started" in page
+    assert "not done: food101, failed: no luck" in report and "not done: svhn, never started" in report
+    with open(folder / "scoreboard.csv") as f: papers = {row["task"]: float(row["paper"] or "nan") for row in csv.DictReader(f)}
+    assert papers["dtd"] == pytest.approx(100 * paper_score("dtd", "SEER 10B", "linear")[0]) and papers["toy_digits"] != papers["toy_digits"]
+
+
+def test_an_array_without_a_board(tmp_path, capsys):
+    "The page has no scoreboard beside it; a scoreboard that fails is told of; a name that the suite's folder needs is refused."
+    notebook = write_notebook(tmp_path / "05_x.ipynb", "pass")
+    words = [str(notebook), "--array", "seed", "1", "-p", "run_dir", str(tmp_path / "sweep")]
+    assert launch.board_page(notebook) is None and launch.main(words) == 0 and not (tmp_path / "sweep/report.html").exists()
+    code = "raise ZeroDivisionError('no board')"
+    write_notebook(tmp_path / "99_scoreboard.ipynb", code)
+    page = nbformat.read(tmp_path / "99_scoreboard.ipynb", 4)
+    page.cells[0].source += "\nsuite: str = ''\npaper_model: str = ''"
+    nbformat.write(page, tmp_path / "99_scoreboard.ipynb")
+    capsys.readouterr()
+    assert launch.main(["collect", str(tmp_path / "sweep")]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^scoreboard +failed: ZeroDivisionError: no board$", out, re.M) and out.splitlines()[-1] == str(tmp_path / "sweep/report.html")
+    with pytest.raises(ValueError, match="not job, attempts"): launch.submit_suite(notebook, {"attempts": {}}, tmp_path / "other", cluster="debug")
 
 
 # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

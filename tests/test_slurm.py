@@ -15,7 +15,7 @@ import pytest
 
 from seer_nb.core import MetricLog, time_account
 from seer_nb.distributed import run_ranks
-from seer_nb.launch import Resources, attempts, collect_results, sbatch_script, submit, submit_suite
+from seer_nb.launch import Resources, attempts, collect_results, draw_board, sbatch_script, submit, submit_suite
 
 TOP = Path(__file__).resolve().parent.parent
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -241,13 +241,20 @@ def test_failed(here, tmp_path):
 
 
 def test_an_array_with_a_run_that_fails(here, tmp_path):
-    "Six runs, three at once: five results, and one failure that can be read."
+    "Six runs, three at once: five results, and one failure that can be read. The board waits for all of them."
     notebook = quick(tmp_path, "import json\nif 'run_4' in run_dir: raise ZeroDivisionError('no luck')\n"
                                "open(run_dir + '/results.jsonl', 'w').write(json.dumps({'task': 'x', 'value': int(run_dir[-1])}) + '\\n')")
     jobs = submit_suite(notebook, {f"run_{n}": {} for n in range(6)}, tmp_path / "suite", {"cpus_per_rank": 1, "time": "1:00"}, at_once=3)
     assert "#SBATCH --array=0-5%3" in next((tmp_path / "suite/job").glob("*_submission.sh")).read_text()
+    parameters = nbformat.v4.new_code_cell("run_dir: str = ''\nsuite: str = ''\npaper_model: str = ''", metadata={"tags": ["parameters"]})
+    draw = nbformat.v4.new_code_cell("from seer_nb.core import attempts\nfrom pathlib import Path\nprint([attempts(f)[-1]['outcome'] for f in sorted(Path(suite).glob('run_*'))])")
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, draw], metadata=nbformat.read(notebook, 4).metadata), tmp_path / "99_scoreboard.ipynb")
+    board = draw_board(tmp_path / "suite")
+    assert board.queued == "pending" and board.run_dir == tmp_path / "suite" and draw_board(tmp_path / "suite").id == board.id         # sent once
+    assert f"--dependency=afterany:{jobs['run_0'].id.partition('_')[0]}\n" in (tmp_path / f"suite/job/{board.id}_submission.sh").read_text()
     states = [job.wait(300) for job in jobs.values()]
     assert states == ["done"] * 4 + ["failed", "done"]
     assert collect_results(tmp_path / "suite") == {"run_4": "failed: ZeroDivisionError: no luck"}
     assert [row["value"] for row in MetricLog(tmp_path / "suite/results.jsonl").rows()] == [0, 1, 2, 3, 5]
     assert "no luck" in jobs["run_4"].log()
+    assert board.wait(300) == "done" and str(states) in board.log().replace("\n", "")

@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'average_precision', 'as_targets', 'mean_average_precisi
            'result_task', 'score_svm', 'score_samples', 'check_labels', 'DrawnRows', 'drawn_rows', 'drawn_features',
            'run_lowshot']
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #e7b4314a
+# %% ../../nbs/evaluate/54_lowshot.ipynb #219bae46
 import dataclasses
 import io
 import time
@@ -430,7 +430,7 @@ def drawn_features(
     if not (x.isfinite().all() and y.isfinite().all()): raise ValueError(f"the model gives features on {train.slug} that are not finite: its weights are broken")
     return TaskFeatures(train.slug, train.classes, x if len(rows) == len(train) else DrawnRows(x, rows), train.labels, y, test.labels, weights_hash(model))
 
-# %% ../../nbs/evaluate/54_lowshot.ipynb #5a333a45
+# %% ../../nbs/evaluate/54_lowshot.ipynb #397ce101
 def run_lowshot(
     config: LowShotConfig,
 ) -> list:
