@@ -614,7 +614,7 @@ def run_geolocation(
     barrier()
     return result
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #019aeec6
+# %% ../../nbs/evaluate/64_geolocation.ipynb #1d374b39
 def great_circle_path(
     a,            # [2] latitude and longitude, degrees
     b,            # [2]
@@ -634,20 +634,22 @@ def draw_guesses(
     true,        # [M, 2]
     predicted,   # [M, 2]
 ):
-    "Draw where photographs were taken and where they were guessed to be, coloured by the error; return the matplotlib figure."
+    "Draw where photographs were taken (dots) and where they were guessed to be (crosses), coloured by the error; return the matplotlib figure."
     plt = needed("matplotlib.pyplot", "notebooks")
-    fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-    ax.plot(around[:, 1], around[:, 0], "o", ms=4, color="#dddddd", zorder=0)
+    fig, ax = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    ax.plot(around[:, 1], around[:, 0], "o", ms=4, color="#d0d0d0", zorder=0)
     bounds = np.log10([1, *LEVELS.values(), 20000])[1:]
     errors = np.searchsorted(bounds, np.log10(great_circle_km(predicted, true).clip(1)))
-    colour = plt.get_cmap("viridis_r", len(bounds))
+    colour = lambda e: plt.get_cmap("viridis")(0.85 * (1 - e / (len(bounds) - 1)))         # bright: near
     for t, p, e in zip(true, predicted, errors):
         path = great_circle_path(t, p)
-        ax.plot(path[:, 1], path[:, 0], color=colour(e), lw=0.6, alpha=0.5)
-        ax.plot(t[1], t[0], "o", ms=3.5, color=colour(e))
+        ax.plot(path[:, 1], path[:, 0], color=colour(e), lw=0.7, alpha=0.35, zorder=1)
+        ax.plot(p[1], p[0], "x", ms=5, color=colour(e), zorder=2)
+        ax.plot(t[1], t[0], "o", ms=6, color=colour(e), mec="white", mew=0.7, zorder=3)
+    ax.plot([], [], "x", color="black", label="guess")
     for e, name in enumerate([*(f"{level}, {km} km" for level, km in LEVELS.items()), "farther"]): ax.plot([], [], "o", color=colour(e), label=name)
-    ax.set(xlim=(-180, 180), ylim=(-90, 90), xticks=range(-180, 181, 60), yticks=range(-90, 91, 30), xlabel="longitude", ylabel="latitude")
+    ax.set(xlim=(-180, 180), ylim=(-90, 90), xticks=range(-180, 181, 60), yticks=range(-90, 91, 30), xlabel="longitude, degrees", ylabel="latitude, degrees", facecolor="#f7f9fb")
     ax.grid(lw=0.4)
-    fig.legend(fontsize=7, loc="outside lower center", ncols=6)
+    fig.legend(fontsize=7, loc="outside lower center", ncols=7, handletextpad=0.1, columnspacing=1.2)
     plt.close(fig)
     return fig

@@ -6,7 +6,7 @@
 __all__ = ['THINGS', 'SYLLABLES', 'INVISIBLE', 'TABLE_LIMIT', 'toy_table', 'country', 'toy_picture', 'Words', 'toy_words',
            'mean_embeddings', 'directions', 'numbered', 'translation_ranks', 'translation_pairs',
            'translation_precision', 'translation_chance', 'permutation_p_value', 'picture_draws', 'shifted_interval',
-           'center_languages', 'own_language_share', 'project', 'drawable', 'draw_words', 'nearest_words',
+           'center_languages', 'own_language_share', 'project', 'drawable', 'spread', 'draw_words', 'nearest_words',
            'one_spelling', 'read_table', 'folders_by_word', 'shared_files', 'words_in_folders', 'draw_some',
            'read_hashtags', 'write_words', 'WordsConfig', 'open_words', 'words_settings', 'score_words', 'check_words',
            'run_words']
@@ -260,7 +260,7 @@ def project(
     if how != "tsne": raise ValueError(f"a map is drawn by pca or tsne, not {how!r}")
     return needed("sklearn.manifold", "notebooks").TSNE(perplexity=min(30, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
 
-# %% ../../nbs/evaluate/65_words.ipynb #afa1ad14
+# %% ../../nbs/evaluate/65_words.ipynb #fec380e1
 def drawable(
     word: str,
 ) -> bool:
@@ -268,6 +268,21 @@ def drawable(
     fonts, ft = needed("matplotlib.font_manager", "notebooks"), needed("matplotlib.ft2font", "notebooks")
     signs = ft.FT2Font(fonts.findfont("DejaVu Sans")).get_charmap()
     return all(ord(sign) in signs for sign in word)
+
+
+def spread(
+    points,             # [N, 2] middles of labels
+    size,               # width and height of a label, in the units of the points
+    rounds: int = 200,  # moves at most
+) -> np.ndarray:
+    "Return the points, moved up and down until labels there hardly overlap, `[N, 2]`."
+    at, order = points / size, np.sign(np.subtract.outer(np.arange(len(points)), np.arange(len(points))))
+    for _ in range(rounds):
+        apart = at[:, None] - at
+        cover = np.where((np.abs(apart) < 1).all(2) & (order != 0), 1 - np.abs(apart[..., 1]), 0)
+        if cover.max() < 0.01: break
+        at[:, 1] += (cover * np.where(apart[..., 1] == 0, order, np.sign(apart[..., 1]))).sum(1) / 3
+    return at * size
 
 
 def draw_words(
@@ -280,16 +295,16 @@ def draw_words(
 ):
     "Draw the words, a colour per language and a star of lines per concept; return the figure, or None when drawn into `ax`."
     plt, points, concept, given = needed("matplotlib.pyplot", "notebooks"), project(embeddings, how), numbered(concepts), ax is not None
-    if not given: fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for c in range(concept.max() + 1):
-        mine, name = points[concept == c], np.asarray(concepts)[concept == c][0]
-        middle = mine.mean(0)
-        for p in mine: ax.plot(*zip(middle, p), color="#c0c0c0", lw=0.7, zorder=1)
-        if titles: ax.annotate(name if drawable(name) else f"#{c}", middle, fontsize=8, ha="center", va="center", zorder=3)
+    if not given: fig, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    middles = np.stack([points[concept == c].mean(0) for c in range(concept.max() + 1)])
+    for p, c in zip(points, concept): ax.plot(*zip(middles[c], p), color="#c0c0c0", lw=0.7, zorder=1)
+    for c, at in enumerate(spread(middles, np.ptp(points, axis=0) * (0.15, 0.055) + 1e-9) if titles else ()):
+        name = np.asarray(concepts)[concept == c][0]
+        ax.annotate(name if drawable(name) else f"#{c}", at, (0, 4), textcoords="offset points", fontsize=8, ha="center", va="bottom", zorder=3, bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.6})
     for k, language in enumerate(dict.fromkeys(languages)):
         here = np.asarray(languages) == language
-        ax.scatter(*points[here].T, s=14, label=language if drawable(language) else f"language {k + 1}", zorder=2)
-    ax.set(xticks=[], yticks=[])
+        ax.scatter(*points[here].T, s=18, marker="os^DvP*X<>"[k % 10], label=language if drawable(language) else f"language {k + 1}", zorder=2)
+    ax.set(xticks=[], yticks=[], **({"xlabel": "first direction", "ylabel": "second direction"} if how == "pca" else {}))
     if given: return None
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     plt.close(fig)
