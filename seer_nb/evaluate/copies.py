@@ -850,7 +850,7 @@ def copies_settings(
     if not config.whitening: data = data._replace(training=())
     return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training), "data": copies_data(data), "weights": weights}
 
-# %% ../../nbs/evaluate/63_copies.ipynb #d4da5d6c
+# %% ../../nbs/evaluate/63_copies.ipynb #2483bb52
 def score_copies(
     model: nn.Module,
     data: Retrieval,
@@ -859,9 +859,9 @@ def score_copies(
     folder=None,                   # where descriptors are kept while they grow, of these very settings; None: nowhere
 ) -> tuple:
     "Describe all images, search, and score; return the `Result` and the `Scores` of the headline split."
-    how, recipe = {"batch_size": config.extract_batch, "desc": "" if is_toy(config.task) else "images"}, config_recipe(config)
+    how, recipe = {"batch_size": config.extract_batch}, config_recipe(config)
     used = sorted({w.query for wanted in data.splits.values() for w in wanted})
-    part = lambda name: how | {"folder": folder and Path(folder, name)}
+    part = lambda name: how | {"folder": folder and Path(folder, name), "desc": "" if is_toy(config.task) else name}
     whitening = fit_whitening(model, data.training, recipe, config.whitening, **part("training")) if config.whitening else None
     queries = describe(model, Chosen(data.queries, used), recipe, whitening, **part("queries"))
     database = describe(model, data.database, recipe, whitening, **part("database"))
