@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 from torch import nn
 
-from seer_nb.core import make_config
+from seer_nb.core import make_config, write_atomic
 from seer_nb.evaluate import copies
 from seer_nb.evaluate.copies import CopiesConfig, PCAWhitening, Recipe, Wanted
 from seer_nb.evaluate.tasks import open_model, read_results
@@ -488,6 +488,46 @@ def test_cut_and_foreign_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match="gnd.pkl"): copies.read_truth(tmp_path / "gnd.pkl")
 
 
+class Killed(BaseException):
+    "Nothing may catch it, as nothing can catch kill -9."
+
+
+def kill_before_save(monkeypatch, n):
+    "The n-th file, from 0, is not written any more."
+    left = iter(range(n))
+    def save(path, content):
+        if next(left, None) is None: raise Killed
+        write_atomic(path, content)
+    monkeypatch.setattr(copies, "write_atomic", save)
+
+
+class Counted:
+    "Images that say how often they were read."
+    def __init__(self, images): self.images, self.read = images, 0
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        self.read += 1
+        return self.images[i]
+
+
+@pytest.mark.parametrize("n", range(7))
+def test_what_was_described_before_a_kill_is_not_described_again(model, tmp_path, monkeypatch, n):
+    "Three blocks of training images, the whitening, three blocks of the database: killed before each is written, the second run does what is left, to the same bits."
+    images, recipe = Counted([photo(i, *((60, 80), (80, 60), (64, 64))[i % 3]) for i in range(10)]), Recipe(side=64)
+    def both(folder):
+        whitening = copies.fit_whitening(model, images, recipe, 8, folder=folder and folder / "training", block=4)
+        return copies.describe(model, images, recipe, whitening, folder=folder and folder / "database", block=4)
+    whole, images.read = both(None), 0
+    kill_before_save(monkeypatch, n)
+    with pytest.raises(Killed): both(tmp_path)
+    monkeypatch.undo()
+    images.read = 0
+    assert torch.equal(both(tmp_path), whole)
+    assert images.read == (10 - 4 * n if n < 3 else 0) + (10 if n < 4 else 10 - 4 * (n - 4))
+    images.read = 0
+    assert torch.equal(both(tmp_path), whole) and images.read == 0
+
+
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_a_run_on_copydays(tree, tmp_path):
@@ -504,6 +544,21 @@ def test_a_run_on_copydays(tree, tmp_path):
     again = copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / "only"), splits="strong", distractors=False, extract_batch=5))
     assert again.value == pytest.approx(only.value, abs=1e-6)
     assert np.load(tmp_path / "only/neighbours.npy").shape == (12, 6) and np.load(tmp_path / "only/precision.npy").mean() == pytest.approx(only.value)
+
+
+def test_a_killed_run_goes_on_and_other_weights_start_anew(tree, tmp_path, monkeypatch):
+    config = CopiesConfig(run_dir=str(tmp_path / "whole"), task="copydays", root=str(tree), image_size=64, whitening=16, tap="res3", splits="strong")
+    whole, half = copies.run_copies(config), dataclasses.replace(config, run_dir=str(tmp_path / "half"))
+    kill_before_save(monkeypatch, 3)                                                    # moments, whitening, queries
+    with pytest.raises(Killed): copies.run_copies(half)
+    monkeypatch.undo()
+    found = {path.name for path in (tmp_path / "half/descriptors").rglob("*.np?")}
+    assert found == {"whitening.npy", "0-11.npy"}
+    assert dataclasses.replace(copies.run_copies(half), seconds=0) == dataclasses.replace(whole, seconds=0)
+    for name in ("precision", "neighbours"): assert np.array_equal(np.load(tmp_path / f"half/{name}.npy"), np.load(tmp_path / f"whole/{name}.npy"))
+    monkeypatch.setattr(copies, "open_model", lambda spec, seed, device: open_model(spec, seed=seed + 1, device=device))       # other weights in the same file
+    other, fresh = (copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / name))) for name in ("half", "fresh"))
+    assert other.settings["weights"] != whole.settings["weights"] and dataclasses.replace(other, seconds=0) == dataclasses.replace(fresh, seconds=0)
 
 
 def test_other_data_are_another_result(tree, tmp_path):

@@ -159,17 +159,50 @@ def test_changed_memes_are_another_result(tmp_path):
     "Other pixels, labels or texts under the same names: the old result is not returned."
     folder = challenge(tmp_path)
     config = MemesConfig(run_dir=str(tmp_path / "run"), task="hateful_memes", root=str(tmp_path), image_size=16, l2_count=2)
+    again = lambda name: memes.run_memes(dataclasses.replace(config, run_dir=str(tmp_path / name)))
     found = [memes.run_memes(config)]
     (folder / "img/05000.png").write_bytes((folder / "img/05001.png").read_bytes())
-    found.append(memes.run_memes(config))
+    with pytest.raises(ValueError, match="holds other features: data"): memes.run_memes(config)
+    found.append(again("pixels"))
     listing = folder / "dev_seen.jsonl"
     listing.write_text(listing.read_text().replace("text 0", "text 1"))
-    found.append(memes.run_memes(config))
+    found.append(memes.run_memes(dataclasses.replace(config, run_dir=str(tmp_path / "pixels"))))       # the pictures are the same: their features serve again
     rows = [json.loads(row) for row in listing.read_text().splitlines()]
     listing.write_text("".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in rows))
-    found.append(memes.run_memes(config))
+    found.append(again("labels"))
     assert len({json.dumps(result.settings) for result in found}) == 4 and found[1].value != found[3].value
-    assert found[3].value == pytest.approx(1 - found[1].value) and memes.run_memes(config) == found[3]
+    assert found[3].value == pytest.approx(1 - found[1].value) and again("labels") == found[3]
+
+
+class Killed(BaseException):
+    "Nothing may catch it, as nothing can catch kill -9."
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_a_killed_extraction_goes_on_and_other_weights_are_refused(tmp_path, monkeypatch, n):
+    "Of 30 and 20 memes in batches of 8, n batches are done when the network stops; the second run does the others, to the same bits."
+    challenge(tmp_path)
+    config = MemesConfig(run_dir=str(tmp_path / "whole"), task="hateful_memes", root=str(tmp_path), image_size=16, extract_batch=8, l2_count=2)
+    whole, seen, real = memes.run_memes(config), [], memes.open_model
+    def opened(stop, seed=0):
+        def look(module, inputs):
+            seen.append(len(inputs[0]))
+            if len(seen) > stop: raise Killed
+        def open_model(spec, **how):
+            seen.clear()
+            model = real(spec, **{**how, "seed": seed})
+            model.register_forward_pre_hook(look)
+            return model
+        monkeypatch.setattr(memes, "open_model", open_model)
+    half = dataclasses.replace(config, run_dir=str(tmp_path / "half"))
+    opened(1 + n)                                                                          # one image shows how wide features are
+    with pytest.raises(Killed): memes.run_memes(half)
+    opened(99)
+    result = memes.run_memes(half)
+    assert seen == [1] + [8, 8, 8, 6, 8, 8, 4][n:] and dataclasses.replace(result, seconds=0) == dataclasses.replace(whole, seconds=0)
+    assert np.array_equal(np.load(tmp_path / "half/scores.npy"), np.load(tmp_path / "whole/scores.npy"))
+    opened(99, seed=1)
+    with pytest.raises(ValueError, match="holds other features: weights"): memes.run_memes(half)
 
 
 def test_one_positive_to_train_is_refused_at_once(tmp_path):

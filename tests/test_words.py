@@ -208,7 +208,39 @@ def test_run_on_folders(tmp_path):
     assert words.translation_precision(stored, known["languages"], known["concepts"])[1] == result.value
     with pytest.raises(ValueError, match="other parameters"): words.run_words(dataclasses.replace(config, center=True))
     (tmp_path / "data/hashtags/en/Love/0.png").unlink()
-    assert words.run_words(config).n == 44                                                # other pictures are another result
+    with pytest.raises(ValueError, match="holds other features: images .*Remove the folder"): words.run_words(config)
+    assert words.run_words(dataclasses.replace(config, run_dir=str(tmp_path / "other"))).n == 44
+
+
+class Killed(BaseException):
+    "Nothing may catch it, as nothing can catch kill -9."
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_killed_extraction_goes_on_and_other_weights_are_refused(tmp_path, monkeypatch, n):
+    "Of 45 pictures in batches of 12, n batches are done when the network stops; the second run does the others, to the same bits."
+    collection(tmp_path / "data/hashtags")
+    config = WordsConfig(run_dir=str(tmp_path / "whole"), task="hashtags", root=str(tmp_path / "data"), image_size=16, extract_batch=12, n_resamples=20, n_permutations=49)
+    whole, seen, real = words.run_words(config), [], words.open_model
+    def opened(stop, seed=0):
+        def look(module, inputs):
+            seen.append(len(inputs[0]))
+            if len(seen) > stop: raise Killed
+        def open_model(spec, **how):
+            seen.clear()
+            model = real(spec, **{**how, "seed": seed})
+            model.register_forward_pre_hook(look)
+            return model
+        monkeypatch.setattr(words, "open_model", open_model)
+    half = dataclasses.replace(config, run_dir=str(tmp_path / "half"))
+    opened(1 + n)                                                                          # one image shows how wide features are
+    with pytest.raises(Killed): words.run_words(half)
+    opened(99)
+    result = words.run_words(half)
+    assert seen == [1, 12, 12, 12, 9][:1] + [12, 12, 12, 9][n:] and dataclasses.replace(result, seconds=0) == dataclasses.replace(whole, seconds=0)
+    assert np.array_equal(np.load(tmp_path / "half/embeddings.npy"), np.load(tmp_path / "whole/embeddings.npy"))
+    opened(99, seed=1)
+    with pytest.raises(ValueError, match="holds other features: weights"): words.run_words(half)
 
 
 def test_run_names_what_is_missing(tmp_path):
@@ -225,7 +257,8 @@ def test_other_pixels_under_the_same_names_are_another_result(tmp_path):
     assert words.run_words(config) == first
     import cv2
     for path in root.rglob("*.png"): path.write_bytes(cv2.imencode(".png", 255 - cv2.imread(str(path)) if path.name != "2.png" else cv2.imread(str(path)))[1].tobytes())
-    assert words.run_words(config).settings != first.settings
+    assert words.run_words(dataclasses.replace(config, run_dir=str(tmp_path / "other"))).settings != first.settings
+    with pytest.raises(ValueError, match="holds other features: data"): words.run_words(config)
 
 
 @pytest.mark.parametrize("changed", [{"per_word": 1}, {"min_images": 1}, {"min_images": 0}, {"per_word": -3}])
@@ -268,7 +301,7 @@ def test_neighbours_of_a_small_language_are_all_there():
 
 @pytest.mark.parametrize("spelled, form", [("İSTANBUL", "istanbul"), ("i̇stanbul", "istanbul"), ("wed\u200bding", "wedding"), ("wed\u00adding", "wedding"), ("# Wedding ", "wedding"), ("Straße", "strasse")])
 def test_one_form_of_all_spellings(spelled, form):
-    assert words.plain(spelled) == form
+    assert words.one_spelling(spelled) == form
 
 
 def test_counted_sums_are_those_of_repeated_pictures():

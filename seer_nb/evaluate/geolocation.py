@@ -9,7 +9,7 @@ __all__ = ['EARTH_KM', 'LEVELS', 'QUADRANT', 'TURN', 'SOLVERS', 'check_places', 
            'read_list', 'read_places', 'toy_towns', 'toy_climate', 'draw_scene', 'toy_photograph', 'toy_places',
            'GeolocationConfig', 'probe_cells', 'cell_recipe', 'finetune_cells', 'open_cells', 'score_partitions',
            'published_within', 'blind_guess', 'measure_places', 'check_geolocation', 'open_places',
-           'geolocation_settings', 'score_places', 'run_geolocation', 'great_circle_path', 'draw_map']
+           'geolocation_settings', 'score_places', 'run_geolocation', 'great_circle_path', 'draw_guesses']
 
 # %% ../../nbs/evaluate/64_geolocation.ipynb #abe19565
 import csv
@@ -92,7 +92,7 @@ def mean_places(
     if (np.sqrt(x * x + y * y + z * z) < 1e-9).any(): raise ValueError("these places have no mean: they lie all around the globe")
     return np.degrees(np.stack([np.arctan2(z, np.hypot(x, y)), np.arctan2(y, x)], 1))
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #f46d0ea8
+# %% ../../nbs/evaluate/64_geolocation.ipynb #e89da906
 QUADRANT = np.zeros((4, 4), np.uint64)          # orientation of the curve, quadrant (2 i + j) -> place along the curve
 for _orientation, _order in enumerate(((0, 1, 3, 2), (0, 2, 3, 1), (3, 2, 0, 1), (3, 1, 0, 2))): QUADRANT[_orientation, list(_order)] = range(4)
 TURN = np.array([1, 0, 0, 3], np.uint64)        # how the curve is turned within each place along it: 1 swaps i and j, 2 reverses both
@@ -112,7 +112,7 @@ def face_squares(
     stretched = 0.5 * np.sqrt(1 + 3 * np.abs(position))      # makes cells in the middle of a face and at its edge alike in area
     return face, np.clip(np.where(position >= 0, stretched, 1 - stretched) * 2**30, 0, 2**30 - 1).astype(np.uint64)
 
-
+# %% ../../nbs/evaluate/64_geolocation.ipynb #910f4c6e
 def leaf_ids(
     places,  # [N, 2] latitudes and longitudes, degrees
 ) -> np.ndarray:
@@ -304,7 +304,7 @@ def read_places(
     chosen = tuple(names[i] for i in there.tolist())
     return Places(slug, places[there], chosen, functools.partial(read_image, os.fspath(pictures), chosen, 0), len(rows) - len(there))
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #f8e84d85
+# %% ../../nbs/evaluate/64_geolocation.ipynb #098b228c
 def toy_towns(
     n: int = 24,    # towns
     seed: int = 0,  # of the planet
@@ -323,7 +323,7 @@ def toy_climate(
     x, y, z = unit_vectors(places).T
     return np.stack([1 - z * z * 1.3 + 0.05 * x, 0.5 + 0.5 * np.sin(3 * x + 2 * y * z + 1), 0.5 + 0.5 * np.sin(4 * y - 3 * x * z)]).clip(0, 1)
 
-
+# %% ../../nbs/evaluate/64_geolocation.ipynb #82ca37a2
 def draw_scene(
     climate,                     # warmth, wetness, soil
     rng: np.random.Generator,    # the photographer
@@ -517,7 +517,7 @@ def measure_places(
                         "chance": float(accuracy_within(np.broadcast_to(blind_guess(train, km), np.shape(true)), true, [km])[0]), "paper": published.get(km, (None, ""))[0]}
     return found
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #fa287b1e
+# %% ../../nbs/evaluate/64_geolocation.ipynb #aceba758
 SOLVERS = {   # solver -> parameters that decide its number
     "lbfgs": ("validation_share", "l2_low", "l2_high", "l2_count"), "sgd": ("epochs", "batch_size", "lr"), "finetune": ("epochs", "batch_size", "lr", "precision"),
 }
@@ -535,7 +535,7 @@ def check_geolocation(
     if config.solver == "finetune": check_finetune(cell_recipe(config, config.image_size or 224))
     if config.l2_count < 1 or not 0 < config.l2_low <= config.l2_high: raise ValueError("the penalties go from l2_low > 0 up to l2_high, at least one")
 
-
+# %% ../../nbs/evaluate/64_geolocation.ipynb #33f36247
 def open_places(
     config: GeolocationConfig,
 ) -> tuple:
@@ -559,7 +559,7 @@ def geolocation_settings(
     return {name: getattr(config, name) for name in ("image_size", "train_images", "test_images", "cells", "solver", *SOLVERS[config.solver])} | {
         "data": data, "partitions": digest(array for cells in partitions for array in cells), "weights": weights}
 
-
+# %% ../../nbs/evaluate/64_geolocation.ipynb #d136092b
 def score_places(
     train: Places,
     test: Places,
@@ -614,7 +614,7 @@ def run_geolocation(
     barrier()
     return result
 
-# %% ../../nbs/evaluate/64_geolocation.ipynb #317926e4
+# %% ../../nbs/evaluate/64_geolocation.ipynb #1d374b39
 def great_circle_path(
     a,            # [2] latitude and longitude, degrees
     b,            # [2]
@@ -629,25 +629,27 @@ def great_circle_path(
     return path
 
 
-def draw_map(
+def draw_guesses(
     around,      # [N, 2] places drawn as dots, to be a map
     true,        # [M, 2]
     predicted,   # [M, 2]
 ):
-    "Draw where photographs were taken and where they were guessed to be, coloured by the error; return the matplotlib figure."
+    "Draw where photographs were taken (dots) and where they were guessed to be (crosses), coloured by the error; return the matplotlib figure."
     plt = needed("matplotlib.pyplot", "notebooks")
-    fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-    ax.plot(around[:, 1], around[:, 0], "o", ms=4, color="#dddddd", zorder=0)
+    fig, ax = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    ax.plot(around[:, 1], around[:, 0], "o", ms=4, color="#d0d0d0", zorder=0)
     bounds = np.log10([1, *LEVELS.values(), 20000])[1:]
     errors = np.searchsorted(bounds, np.log10(great_circle_km(predicted, true).clip(1)))
-    colour = plt.get_cmap("viridis_r", len(bounds))
+    colour = lambda e: plt.get_cmap("viridis")(0.85 * (1 - e / (len(bounds) - 1)))         # bright: near
     for t, p, e in zip(true, predicted, errors):
         path = great_circle_path(t, p)
-        ax.plot(path[:, 1], path[:, 0], color=colour(e), lw=0.6, alpha=0.5)
-        ax.plot(t[1], t[0], "o", ms=3.5, color=colour(e))
+        ax.plot(path[:, 1], path[:, 0], color=colour(e), lw=0.7, alpha=0.35, zorder=1)
+        ax.plot(p[1], p[0], "x", ms=5, color=colour(e), zorder=2)
+        ax.plot(t[1], t[0], "o", ms=6, color=colour(e), mec="white", mew=0.7, zorder=3)
+    ax.plot([], [], "x", color="black", label="guess")
     for e, name in enumerate([*(f"{level}, {km} km" for level, km in LEVELS.items()), "farther"]): ax.plot([], [], "o", color=colour(e), label=name)
-    ax.set(xlim=(-180, 180), ylim=(-90, 90), xticks=range(-180, 181, 60), yticks=range(-90, 91, 30), xlabel="longitude", ylabel="latitude")
+    ax.set(xlim=(-180, 180), ylim=(-90, 90), xticks=range(-180, 181, 60), yticks=range(-90, 91, 30), xlabel="longitude, degrees", ylabel="latitude, degrees", facecolor="#f7f9fb")
     ax.grid(lw=0.4)
-    fig.legend(fontsize=7, loc="outside lower center", ncols=6)
+    fig.legend(fontsize=7, loc="outside lower center", ncols=7, handletextpad=0.1, columnspacing=1.2)
     plt.close(fig)
     return fig

@@ -6,11 +6,12 @@
 __all__ = ['THINGS', 'SYLLABLES', 'INVISIBLE', 'TABLE_LIMIT', 'toy_table', 'country', 'toy_picture', 'Words', 'toy_words',
            'mean_embeddings', 'directions', 'numbered', 'translation_ranks', 'translation_pairs',
            'translation_precision', 'translation_chance', 'permutation_p_value', 'picture_draws', 'shifted_interval',
-           'center_languages', 'own_language_share', 'project', 'drawable', 'draw_map', 'nearest_words', 'plain',
-           'read_table', 'folders_by_word', 'shared_files', 'words_in_folders', 'draw_some', 'read_hashtags',
-           'write_words', 'WordsConfig', 'open_words', 'words_settings', 'score_words', 'check_words', 'run_words']
+           'center_languages', 'own_language_share', 'project', 'drawable', 'spread', 'draw_words', 'nearest_words',
+           'one_spelling', 'read_table', 'folders_by_word', 'shared_files', 'words_in_folders', 'draw_some',
+           'read_hashtags', 'write_words', 'WordsConfig', 'open_words', 'words_settings', 'score_words', 'check_words',
+           'run_words']
 
-# %% ../../nbs/evaluate/65_words.ipynb #0048690d
+# %% ../../nbs/evaluate/65_words.ipynb #ac77a440
 import csv
 import dataclasses
 import functools
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 
 from ..core import RunDir, make_config, stateless_rng, write_atomic
 from .annotations import reading
-from .features import data_fingerprint, extract_features, read_tap, tapped_module
+from .features import data_fingerprint, extract, read_tap, tapped_module
 from .metrics import mean_interval
 from .readers import files, image_names, subfolders
 from .tasks import (Result, TaskData, append_result, find_result, missing_message, needed, open_model, pick_device, task_folder, task_row,
@@ -259,7 +260,7 @@ def project(
     if how != "tsne": raise ValueError(f"a map is drawn by pca or tsne, not {how!r}")
     return needed("sklearn.manifold", "notebooks").TSNE(perplexity=min(30, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
 
-# %% ../../nbs/evaluate/65_words.ipynb #58502446
+# %% ../../nbs/evaluate/65_words.ipynb #fec380e1
 def drawable(
     word: str,
 ) -> bool:
@@ -269,7 +270,22 @@ def drawable(
     return all(ord(sign) in signs for sign in word)
 
 
-def draw_map(
+def spread(
+    points,             # [N, 2] middles of labels
+    size,               # width and height of a label, in the units of the points
+    rounds: int = 200,  # moves at most
+) -> np.ndarray:
+    "Return the points, moved up and down until labels there hardly overlap, `[N, 2]`."
+    at, order = points / size, np.sign(np.subtract.outer(np.arange(len(points)), np.arange(len(points))))
+    for _ in range(rounds):
+        apart = at[:, None] - at
+        cover = np.where((np.abs(apart) < 1).all(2) & (order != 0), 1 - np.abs(apart[..., 1]), 0)
+        if cover.max() < 0.01: break
+        at[:, 1] += (cover * np.where(apart[..., 1] == 0, order, np.sign(apart[..., 1]))).sum(1) / 3
+    return at * size
+
+
+def draw_words(
     embeddings,        # [W, D]
     languages,         # of each word
     concepts,          # of each word
@@ -279,16 +295,16 @@ def draw_map(
 ):
     "Draw the words, a colour per language and a star of lines per concept; return the figure, or None when drawn into `ax`."
     plt, points, concept, given = needed("matplotlib.pyplot", "notebooks"), project(embeddings, how), numbered(concepts), ax is not None
-    if not given: fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for c in range(concept.max() + 1):
-        mine, name = points[concept == c], np.asarray(concepts)[concept == c][0]
-        middle = mine.mean(0)
-        for p in mine: ax.plot(*zip(middle, p), color="#c0c0c0", lw=0.7, zorder=1)
-        if titles: ax.annotate(name if drawable(name) else f"#{c}", middle, fontsize=8, ha="center", va="center", zorder=3)
+    if not given: fig, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    middles = np.stack([points[concept == c].mean(0) for c in range(concept.max() + 1)])
+    for p, c in zip(points, concept): ax.plot(*zip(middles[c], p), color="#c0c0c0", lw=0.7, zorder=1)
+    for c, at in enumerate(spread(middles, np.ptp(points, axis=0) * (0.15, 0.055) + 1e-9) if titles else ()):
+        name = np.asarray(concepts)[concept == c][0]
+        ax.annotate(name if drawable(name) else f"#{c}", at, (0, 4), textcoords="offset points", fontsize=8, ha="center", va="bottom", zorder=3, bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.6})
     for k, language in enumerate(dict.fromkeys(languages)):
         here = np.asarray(languages) == language
-        ax.scatter(*points[here].T, s=14, label=language if drawable(language) else f"language {k + 1}", zorder=2)
-    ax.set(xticks=[], yticks=[])
+        ax.scatter(*points[here].T, s=18, marker="os^DvP*X<>"[k % 10], label=language if drawable(language) else f"language {k + 1}", zorder=2)
+    ax.set(xticks=[], yticks=[], **({"xlabel": "first direction", "ylabel": "second direction"} if how == "pca" else {}))
     if given: return None
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     plt.close(fig)
@@ -309,18 +325,18 @@ def nearest_words(
     row = lambda i: [[words[j], languages[j], round(v, 4), concepts[j] == concepts[i]] for v, j in zip(values[i].tolist(), index[i].tolist()) if v > -2]
     return [{"word": words[i], "language": languages[i], "concept": concepts[i], "neighbours": row(i)} for i in range(len(words))]
 
-# %% ../../nbs/evaluate/65_words.ipynb #0d057e91
+# %% ../../nbs/evaluate/65_words.ipynb #cb55fcc8
 INVISIBLE = "\u00ad\u200b\u200e\u200f\u061c\u2060\ufeff\ufe0e\ufe0f" + "".join(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]))   # hyphens and spaces of no width, marks of direction, variants
 
 
-def plain(
+def one_spelling(
     word: str,  # of a table, or a folder's name
 ) -> str:
     "Return the one form of all spellings of a hashtag: without #, invisible marks and case, in Unicode's normal form C. Joiners stay: they make letters and emoji. Turkish I and ı stay two."
     word = unicodedata.normalize("NFD", word.translate(dict.fromkeys(map(ord, INVISIBLE))).strip()).casefold().replace("i\u0307", "i")   # the small letter of İ
     return unicodedata.normalize("NFC", word.lstrip("#\uff03").strip())
 
-# %% ../../nbs/evaluate/65_words.ipynb #3e2c12f2
+# %% ../../nbs/evaluate/65_words.ipynb #4acbdf58
 TABLE_LIMIT = 2**26   # bytes
 
 
@@ -348,21 +364,21 @@ def read_table(
         rows = [{**row, "concept": row.get("concept") or next(iter(row.values()))} for row in rows if row]
         languages = list(dict.fromkeys(name for row in rows for name in row if name != "concept"))
         if len(languages) < 2: raise ValueError(f"translations need two languages or more, found {languages}: one column each, with commas between them")
-        if len(set(map(plain, languages))) < len(languages): raise ValueError(f"two columns have one name: {', '.join(languages)}")
+        if len(set(map(one_spelling, languages))) < len(languages): raise ValueError(f"two columns have one name: {', '.join(languages)}")
         for language in languages:
-            words = Counter(plain(row[language]) for row in rows if language in row)
+            words = Counter(one_spelling(row[language]) for row in rows if language in row)
             if twice := [word for word, n in words.items() if n > 1]: raise ValueError(f"the word {twice[0]!r} occurs twice in {language}")
         if twice := [name for name, n in Counter(row["concept"] for row in rows).items() if n > 1]: raise ValueError(f"two rows are called {twice[0]!r}: add a column called concept")
         return languages, rows
 
-# %% ../../nbs/evaluate/65_words.ipynb #0e7c1d54
+# %% ../../nbs/evaluate/65_words.ipynb #7dcd1914
 def folders_by_word(
     root,  # a folder
 ) -> dict:
     "Return the folders in a folder by the plain form of their names. Raises `ValueError` if two are the same word."
     found = {}
     for name in subfolders(root):
-        if (key := plain(name)) in found: raise ValueError(f"the folders {found[key]!r} and {name!r} in {Path(root).name} are one word in two spellings: put them together")
+        if (key := one_spelling(name)) in found: raise ValueError(f"the folders {found[key]!r} and {name!r} in {Path(root).name} are one word in two spellings: put them together")
         found[key] = name
     return found
 
@@ -382,7 +398,7 @@ def shared_files(
         for copies in by_bytes.values(): shared[copies] = len({owner[i] for i in copies}) > 1
     return shared
 
-# %% ../../nbs/evaluate/65_words.ipynb #10afe9a6
+# %% ../../nbs/evaluate/65_words.ipynb #3e374aaf
 def words_in_folders(
     root,     # holds LANGUAGE/WORD
     columns,  # languages of the table
@@ -390,12 +406,12 @@ def words_in_folders(
 ) -> tuple:
     "Return (language, concept, word, folder) for each word of the table that has a folder, and two lists: words without a folder, and folders without a word."
     places = folders_by_word(root)
-    found = {language: folders_by_word(Path(root) / places[plain(language)]) for language in columns if plain(language) in places}
+    found = {language: folders_by_word(Path(root) / places[one_spelling(language)]) for language in columns if one_spelling(language) in places}
     if not found: raise FileNotFoundError(f"{Path(root, columns[0])} is missing")
     words, absent = [], []
     for language, row in ((language, row) for row in rows for language in columns if language in row):
-        folder = found.get(language, {}).pop(plain(row[language]), None)
-        if folder: words.append((language, row["concept"], row[language], f"{places[plain(language)]}/{folder}"))
+        folder = found.get(language, {}).pop(one_spelling(row[language]), None)
+        if folder: words.append((language, row["concept"], row[language], f"{places[one_spelling(language)]}/{folder}"))
         else: absent.append(f"{language}/{row[language]}")
     return words, absent, [f"{language}/{name}" for language, rest in found.items() for name in rest.values()]
 
@@ -455,7 +471,7 @@ def write_words(
     csv.writer(text := io.StringIO()).writerows([["concept", *columns], *([concept, *(row.get(c, "") for c in columns)] for concept, row in table.items())])
     write_atomic(Path(root) / "translations.csv", text.getvalue())
 
-# %% ../../nbs/evaluate/65_words.ipynb #af663e11
+# %% ../../nbs/evaluate/65_words.ipynb #4ffd1efd
 @dataclasses.dataclass(frozen=True)
 class WordsConfig:
     "Parameters of a word embedding."
@@ -476,7 +492,7 @@ class WordsConfig:
     n_resamples: int = 200              # draws of pictures for the interval
     n_permutations: int = 999           # of meanings, for the p-value
 
-
+# %% ../../nbs/evaluate/65_words.ipynb #2b3bcf08
 def open_words(
     config: WordsConfig,
 ) -> Words:
@@ -487,7 +503,7 @@ def open_words(
     try: return read_hashtags(task_folder(row, config.root), config.table, per_word=config.per_word, min_images=config.min_images)
     except FileNotFoundError as error: raise FileNotFoundError(missing_message(row, config.root, str(error).removesuffix(" is missing"))) from None
 
-
+# %% ../../nbs/evaluate/65_words.ipynb #f62ed565
 def words_settings(
     config: WordsConfig,
     words: Words,
@@ -497,7 +513,7 @@ def words_settings(
     data = [data_fingerprint(words.images), hashlib.sha256(json.dumps([words.images.classes, words.languages, words.concepts]).encode()).hexdigest()[:12]]
     return {name: getattr(config, name) for name in ("image_size", "tap", "center", "n_resamples", "n_permutations")} | {"data": data, "weights": weights}
 
-
+# %% ../../nbs/evaluate/65_words.ipynb #ceacdb8d
 def score_words(
     features,       # [N, D] of words.images
     words: Words,
@@ -526,7 +542,7 @@ def score_words(
     return Result(row.slug, config.model, "words", settings, row.metric, precision[1], *shifted_interval(precision[1], draws), len(words.images),
                   round(time.perf_counter() - start, 3), chance[1], None, "", config.seed, details), e
 
-# %% ../../nbs/evaluate/65_words.ipynb #6e164e17
+# %% ../../nbs/evaluate/65_words.ipynb #0fa0a92c
 def check_words(
     config: WordsConfig,
 ):
@@ -536,14 +552,14 @@ def check_words(
     if min(config.n_resamples, config.n_permutations) < 20: raise ValueError("n_resamples and n_permutations must be at least 20: fewer say nothing")
     read_tap(config.tap)
 
-
+# %% ../../nbs/evaluate/65_words.ipynb #ad760d95
 def run_words(
     config: WordsConfig,
 ) -> Result:
     """Embed words and retrieve translations in a run folder: `results.jsonl` gets one line, `embeddings.npy` the words' points, `words.json` their names.
 
-    A result that is already there for the same settings, pictures and weights is returned. Raises `ValueError` or `FileNotFoundError` before anything is written for
-    a task, model, tap, table or picture folder that does not exist.
+    A result that is already there for the same settings, pictures and weights is returned, and a run that was killed goes on with the features it has. Raises `ValueError` or
+    `FileNotFoundError` before anything is written for a task, model, tap, table or picture folder that does not exist, and for a folder with features of other pictures or weights.
     """
     check_words(config)
     words, model = open_words(config), open_model(config.model, seed=config.seed, device=pick_device(config.device))
@@ -552,8 +568,8 @@ def run_words(
     done = find_result(run.results, task=config.task, model=config.model, protocol="words", settings=settings, seed=config.seed)
     if done: return done
     run.begin(config, may_change=("extract_batch", "device"))
-    features = extract_features(model, words.images, config.tap, size=config.image_size, batch_size=config.extract_batch)
-    result, e = score_words(features, words, config, settings)
+    store = extract(model, {"words": words.images}, run.path / "features", taps=[config.tap], size=config.image_size, batch_size=config.extract_batch, name=config.model)
+    result, e = score_words(store.features("words", config.tap), words, config, settings)
     np.save(buffer := io.BytesIO(), e.numpy())
     write_atomic(run.path / "embeddings.npy", buffer.getvalue())
     write_atomic(run.path / "words.json", json.dumps({"words": words.images.classes, "languages": words.languages, "concepts": words.concepts}))
