@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MIN_SIDE', 'EXTENSIONS', 'BadImage', 'decode_image', 'Rows', 'ImageFiles',
-           'worker_memory', 'open_images', 'SmallCopies', 'shuffled', 'StatelessSampler', 'Samples', 'bad_image_report',
+           'worker_memory', 'open_images', 'shuffled', 'StatelessSampler', 'SmallCopies', 'Samples', 'bad_image_report',
            'LoaderFault', 'guarded']
 
 # %% ../nbs/10_images.ipynb #ba33d123
@@ -250,7 +250,7 @@ def _walk(
         if is_folder: yield from _walk(entry.path, prefix + entry.name + b"/", seen)
         elif entry.name.lower().endswith(tuple(e.encode() for e in EXTENSIONS)) and is_file: yield prefix + entry.name
 
-# %% ../nbs/10_images.ipynb #f21b04bc
+# %% ../nbs/10_images.ipynb #fdd27341
 def _open_rows(
     path,  # a .npy array of text
 ) -> Rows:
@@ -274,7 +274,7 @@ def _read_list(
         for line in file:
             if line.strip(): yield line.rstrip(b"\r\n")
 
-
+# %% ../nbs/10_images.ipynb #a80c9150
 def open_images(
     spec,                          # a folder, a list (text or .npy), tar shards, or "toyworld:N" for N built-in images
     max_pixels: int = MAX_PIXELS,  # larger images are refused when they are read
@@ -306,38 +306,7 @@ def open_images(
     if not len(source): raise ValueError(f"{text!r} is an empty list: it needs the path of an image on each line")
     return source
 
-# %% ../nbs/10_images.ipynb #18e8bb8d
-class SmallCopies:
-    "A source that keeps its images in memory: at most `limit` of them, chosen by the seed; a bad image stays bad."
-
-    def __init__(
-        self,
-        source,          # what open_images returns, best with shrink
-        limit: int = 0,  # number of images; 0: all
-        seed: int = 0,   # of the choice
-    ):
-        self.source, self.seed = source, seed
-        self.n = min(limit, len(source)) if limit else len(source)
-        self._kept = {}
-
-    def __len__(self): return self.n
-
-    def _original(self, i):
-        if not 0 <= i < self.n: raise IndexError(f"image {i} of {self.n}")
-        return int(shuffled([i], len(self.source), self.seed, 2**32)[0])   # an epoch that no run reaches
-
-    def name(
-        self,
-        i: int,  # 0 <= i < len(self)
-    ) -> str:
-        "Return the name of image `i` in the source."
-        return self.source.name(self._original(i))
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        if i not in self._kept: self._kept[i] = self.source[self._original(i)]
-        return self._kept[i]
-
-# %% ../nbs/10_images.ipynb #e1d4f564
+# %% ../nbs/10_images.ipynb #c97681f1
 def _scramble(
     values: np.ndarray,  # uint64
     key: np.ndarray,     # uint64, one number or one for each value
@@ -371,7 +340,7 @@ def _feistel(
         todo = todo[result[todo] >= n[todo]]
     return result.astype(np.int64)
 
-
+# %% ../nbs/10_images.ipynb #7a37fa23
 def shuffled(
     positions,       # integers 0 <= i < n
     n: int,          # number of images, up to 2**62
@@ -431,7 +400,38 @@ class StatelessSampler:
                 for index in self.order(positions[epochs == epoch], int(epoch)).tolist(): yield index, int(epoch)
             j += self.block
 
-# %% ../nbs/10_images.ipynb #7e1d69b9
+# %% ../nbs/10_images.ipynb #18e8bb8d
+class SmallCopies:
+    "A source that keeps its images in memory: at most `limit` of them, chosen by the seed; a bad image stays bad."
+
+    def __init__(
+        self,
+        source,          # what open_images returns, best with shrink
+        limit: int = 0,  # number of images; 0: all
+        seed: int = 0,   # of the choice
+    ):
+        self.source, self.seed = source, seed
+        self.n = min(limit, len(source)) if limit else len(source)
+        self._kept = {}
+
+    def __len__(self): return self.n
+
+    def _original(self, i):
+        if not 0 <= i < self.n: raise IndexError(f"image {i} of {self.n}")
+        return int(shuffled([i], len(self.source), self.seed, 2**32)[0])   # an epoch that no run reaches
+
+    def name(
+        self,
+        i: int,  # 0 <= i < len(self)
+    ) -> str:
+        "Return the name of image `i` in the source."
+        return self.source.name(self._original(i))
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if i not in self._kept: self._kept[i] = self.source[self._original(i)]
+        return self._kept[i]
+
+# %% ../nbs/10_images.ipynb #d94c8745
 class Samples(torch.utils.data.Dataset):
     """Images for a `DataLoader` with a `StatelessSampler`: `samples[index, epoch]` -> `transform(image, seed, index, epoch)`.
 
@@ -498,7 +498,7 @@ class Samples(torch.utils.data.Dataset):
             return image
         raise RuntimeError(f"{self.max_attempts} images in a row cannot be used; is there any readable one? The last was {last}")
 
-
+# %% ../nbs/10_images.ipynb #38c0801e
 def bad_image_report(
     path,  # a bad_images.jsonl; it need not exist
 ) -> dict:

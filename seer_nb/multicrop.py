@@ -268,7 +268,7 @@ def normalize(
     scale = 1 / (torch.tensor(STD, device=images.device).view(3, 1, 1) * 255)
     return images.float().sub_(mean).mul_(scale).to(dtype)
 
-# %% ../nbs/12_multicrop.ipynb #5e2d1ce2
+# %% ../nbs/12_multicrop.ipynb #1d34cb15
 class Colours(NamedTuple):
     "What is still to be done to V batches of B crops; on the CPU, because `GpuAugment` must know it without asking the device."
     flip: torch.Tensor    # bool [V, B]
@@ -291,7 +291,7 @@ def collate_crops(
         return collate_crops(crops), Colours(*(torch.from_numpy(np.stack([getattr(plan, name) for plan in plans], 1)) for name in Colours._fields))
     return [torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2) for crops in zip(*samples)]
 
-
+# %% ../nbs/12_multicrop.ipynb #c3816863
 def init_worker(
     worker_id: int = 0,  # given by the loader, not used
 ):
@@ -301,7 +301,7 @@ def init_worker(
     if torch.utils.data.get_worker_info() is None: return        # called in the main process
     for number in STOP_SIGNALS: signal.signal(number, signal.SIG_IGN)
 
-# %% ../nbs/12_multicrop.ipynb #913cdb94
+# %% ../nbs/12_multicrop.ipynb #d4398c84
 def _levels(x: torch.Tensor) -> torch.Tensor: return (x + 0.5).floor_().clamp_(0, 255)
 
 
@@ -328,7 +328,7 @@ def _blend_batch(
     mean = _levels(_levels(_grey(x)).mean((1, 2, 3), keepdim=True))
     return _levels(x * own + (x * colours).sum(1, keepdim=True) + (mean * grey + _TRUNCATE))
 
-
+# %% ../nbs/12_multicrop.ipynb #8d65694b
 def _turn_hue_batch(
     x: torch.Tensor,      # float [N, 3, s, s] of whole levels
     steps: torch.Tensor,  # float [N], of 256 to a turn
@@ -344,7 +344,7 @@ def _turn_hue_batch(
     place = torch.stack([hue + 5, hue + 3, hue + 1], 1) % 6
     return _levels(value[:, None] * (1 - saturation[:, None] * torch.minimum(place, 4 - place).clamp_(0, 1)))
 
-
+# %% ../nbs/12_multicrop.ipynb #0f3d8cba
 def _blur_batch(
     x: torch.Tensor,        # float [N, 3, s, s]
     kernels: torch.Tensor,  # float [N, K], K odd

@@ -284,7 +284,7 @@ class _Shard:
         for part in (self.file, self.rows):
             if hasattr(part, "close"): part.close()
 
-# %% ../nbs/13_shards.ipynb #249c3e5f
+# %% ../nbs/13_shards.ipynb #2bd4f050
 class TarShards:
     """Images in tar archives as a source: `len(source)`, `source[i]`, `source.name(i)`, and `source.shards`, the number of images in each.
 
@@ -376,7 +376,7 @@ class TarShards:
         if attempt > 1: k = int(stateless_rng(seed, k, epoch, attempt, 4).integers(len(self.shards)))
         return int(self._first[k] + stateless_rng(seed, index, epoch, attempt, 2).integers(self.shards[k]))
 
-
+# %% ../nbs/13_shards.ipynb #51073374
 def open_shards(
     spec: str,                     # path or address of tar archives, with {000..999} and * for many
     max_pixels: int = MAX_PIXELS,  # larger images are refused
