@@ -203,13 +203,14 @@ def column_names(
 
 
 def draw_scoreboard(
-    table,  # from score_table
+    table,            # from score_table
+    colours=None,     # of models, by name; those that are missing get one each
 ):
     "Draw one panel per protocol: tasks downwards, percent to the right; return the matplotlib figure."
     plt, sns = needed("matplotlib.pyplot", "notebooks"), needed("seaborn", "notebooks")
     table = table.assign(label=column_names(table))
     protocols, tasks, models = (list(dict.fromkeys(table[name])) for name in ("protocol", "task", "label"))
-    colours = dict(zip(models, sns.color_palette("colorblind", len(models))))
+    colours = dict(zip(models, sns.color_palette("colorblind", len(models)))) | (colours or {})
     fig, axes = plt.subplots(1, len(protocols), figsize=(1 + 3 * len(protocols), 1.1 + 0.45 * len(tasks)), sharey=True, squeeze=False, layout="constrained")
     for ax, protocol in zip(axes[0], protocols):
         part = table[table.protocol == protocol].assign(y=lambda t: t.task.map(tasks.index))
