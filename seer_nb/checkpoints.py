@@ -457,7 +457,56 @@ class _Ranks:
         if problem: raise problem
         return result
 
-# %% ../nbs/42_checkpoints.ipynb #30e736df
+# %% ../nbs/42_checkpoints.ipynb #846f2d05
+def _complete(root, keep, keep_every, folder, step, layout, reports, numbers):
+    "Rank 0: publish a checkpoint that all ranks have written, and prune; or remove it."
+    try:
+        for _, _, problem in reports:
+            if problem: raise problem
+        publish(folder, step, layout, {name: file for name, file, _ in reports}, numbers)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    prune(root, keep, keep_every)
+
+
+def _write_together(root, ranks, keep, keep_every, last, step, pieces, layout, numbers):
+    "Write a checkpoint, on all ranks together; put its `bytes` and `write_seconds` into the dict `last`."
+    begun = time.perf_counter()
+    steps, sizes = zip(*ranks.gather((step, sum(p.local.nbytes + 512 for p in pieces.values()) + len(numbers) + 2**16)))
+    last["bytes"] = sum(sizes)                         # an upper bound, until it is known
+    if len(set(steps)) > 1: raise CheckpointError(f"the ranks save different steps: {steps}")
+    folder = ranks.on_first(begin, root, step, sum(sizes))
+    name, file, problem = f"shard_{ranks.rank:05d}.safetensors", None, None
+    try: file = write_shard(folder / name, pieces)
+    except Exception as error: problem = _plain(error)
+    reports = ranks.gather((name, file, problem))
+    ranks.on_first(_complete, root, keep, keep_every, folder, step, layout, reports, numbers)
+    last.update(bytes=sum(file["bytes"] for _, file, _ in reports), write_seconds=time.perf_counter() - begun)
+
+# %% ../nbs/42_checkpoints.ipynb #98b05065
+@torch.no_grad()
+def _snapshot(pieces, held):
+    "Copy pieces into CPU memory, pinned if they come from a GPU; where a tensor of `held` has the right shape, into that."
+    copies = {}
+    for name, (local, shape, offsets) in pieces.items():
+        copy = held.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (local.shape, local.dtype):
+            copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        copies[name] = Piece(copy.copy_(local, non_blocking=local.is_cuda), shape, offsets)
+    if any(piece.local.is_cuda for piece in pieces.values()): torch.cuda.synchronize()
+    return copies
+
+
+def _explain(error, root, needed) -> str:
+    "Say what an error of a save means for the run."
+    if not isinstance(error, OSError): return str(_plain(error))
+    kept = saved_steps(root)
+    rest = f"the newest checkpoint is still {_name(kept[-1])}" if kept else "there is no earlier checkpoint"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT): return f"{root} cannot be written ({error.strerror or error}); {rest}"
+    return f"the disk of {root} is full: {needed / 2**20:,.1f} MiB needed, {shutil.disk_usage(root).free / 2**20:,.1f} MiB free; {rest}"
+
+# %% ../nbs/42_checkpoints.ipynb #5ec01161
 class CheckpointManager:
     """Write and read the checkpoints of a run. Use it in a `with` statement; it holds the folder's lock.
 
@@ -489,7 +538,8 @@ class CheckpointManager:
         self.wait()
         begun, text = time.perf_counter(), json.dumps(numbers)
         layout = {name: (piece.local.dtype, piece.shape) for name, piece in ((name, as_piece(t)) for name, t in tensors.items())}
-        pieces = self._snapshot(owned(tensors, self.ranks.rank, self.ranks.size))
+        pieces = _snapshot(owned(tensors, self.ranks.rank, self.ranks.size), self._copies)
+        self._copies = {name: piece.local for name, piece in pieces.items()}
         self.last = {"step": step, "snapshot_seconds": time.perf_counter() - begun}
         self._thread = threading.Thread(target=self._run, args=(step, pieces, layout, text), name="checkpoint")
         self._thread.start()
@@ -498,7 +548,7 @@ class CheckpointManager:
         "Return when nothing is being written any more. Raises `CheckpointError` if the last save has failed."
         if self._thread: self._thread.join()
         error, self._thread, self._error = self._error, None, None
-        if error: raise CheckpointError(f"step {self.last['step']} was not saved: {self._explain(error)}") from error
+        if error: raise CheckpointError(f"step {self.last['step']} was not saved: {_explain(error, self.root, self.last.get('bytes', 0))}") from error
 
     def load(self) -> Checkpoint | None:
         "Open the newest good checkpoint and set damaged ones aside, or return None if there are none. Raises `CheckpointError` if all are damaged."
@@ -523,46 +573,10 @@ class CheckpointManager:
             if error is None: raise
             print(late)                                # the error on its way says more
 
-    @torch.no_grad()
-    def _snapshot(self, pieces):
-        "Copy pieces into CPU memory, pinned if they come from a GPU, the same memory every time."
-        copies = {}
-        for name, (local, shape, offsets) in pieces.items():
-            held = self._copies.get(name)
-            if held is None or (held.shape, held.dtype) != (local.shape, local.dtype):
-                held = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            copies[name] = Piece(held.copy_(local, non_blocking=local.is_cuda), shape, offsets)
-        if any(piece.local.is_cuda for piece in pieces.values()): torch.cuda.synchronize()
-        self._copies = {name: piece.local for name, piece in copies.items()}
-        return copies
-
     def _run(self, *what):
         "The thread."
-        try: self._write(*what)
+        try: _write_together(self.root, self.ranks, self.keep, self.keep_every, self.last, *what)
         except BaseException as error: self._error = error
-
-    def _write(self, step, pieces, layout, numbers):
-        begun, ranks = time.perf_counter(), self.ranks
-        steps, sizes = zip(*ranks.gather((step, sum(p.local.nbytes + 512 for p in pieces.values()) + len(numbers) + 2**16)))
-        self.last["bytes"] = sum(sizes)                # an upper bound, until it is known
-        if len(set(steps)) > 1: raise CheckpointError(f"the ranks save different steps: {steps}")
-        folder = ranks.on_first(begin, self.root, step, sum(sizes))
-        name, file, problem = f"shard_{ranks.rank:05d}.safetensors", None, None
-        try: file = write_shard(folder / name, pieces)
-        except Exception as error: problem = _plain(error)
-        reports = ranks.gather((name, file, problem))
-        ranks.on_first(self._complete, folder, step, layout, reports, numbers)
-        self.last |= {"bytes": sum(file["bytes"] for _, file, _ in reports), "write_seconds": time.perf_counter() - begun}
-
-    def _complete(self, folder, step, layout, reports, numbers):
-        try:
-            for _, _, problem in reports:
-                if problem: raise problem
-            publish(folder, step, layout, {name: file for name, file, _ in reports}, numbers)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        prune(self.root, self.keep, self.keep_every)
 
     def _open(self, folder):
         "Open a checkpoint if all ranks can."
@@ -574,14 +588,6 @@ class CheckpointManager:
 
     def _set_aside(self, steps):
         for step in steps: os.rename(self.root / _name(step), self.root / f"damaged_{_name(step)}_{uuid.uuid4().hex[:8]}")
-
-    def _explain(self, error) -> str:
-        "Say what an error means for the run."
-        if not isinstance(error, OSError): return str(_plain(error))
-        kept = saved_steps(self.root)
-        rest = f"the newest checkpoint is still {_name(kept[-1])}" if kept else "there is no earlier checkpoint"
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT): return f"{self.root} cannot be written ({error.strerror or error}); {rest}"
-        return f"the disk of {self.root} is full: {self.last['bytes'] / 2**20:,.1f} MiB needed, {shutil.disk_usage(self.root).free / 2**20:,.1f} MiB free; {rest}"
 
 # %% ../nbs/42_checkpoints.ipynb #a34ba543
 def export_backbone(

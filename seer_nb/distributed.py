@@ -468,10 +468,23 @@ def find_lost(
     text = f"no step for {stall:g} s. Late: " + "; ".join(f"rank {r} ({who[r]}), {reports[r]}" for r in late[:8])
     return text + (f". Waiting for it: {_names(others)}, {reports[others[0]]}" if others else "")
 
-# %% ../nbs/40_distributed.ipynb #9ef26fdd
+# %% ../nbs/40_distributed.ipynb #f07666df
 RANK_LOST = 75   # exit status of a process whose watchdog gave up: EX_TEMPFAIL, "try again"
 
 
+def _give_up(rank, verdict, folder):
+    "Write down why, and end this process."
+    message = f"\nseer_nb watchdog on rank {rank}: {verdict}\nThis process ends with status {RANK_LOST}. Start the run again: it continues at its last checkpoint.\n"
+    print(message, file=sys.__stderr__, flush=True)
+    out = sys.__stderr__
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        out = open(Path(folder) / f"rank_{rank}.txt", "a")
+        print(message, file=out, flush=True)
+    faulthandler.dump_traceback(out)
+    os._exit(RANK_LOST)
+
+# %% ../nbs/40_distributed.ipynb #6fa39cf5
 class RankLost(RuntimeError):
     "Another rank is dead, stopped, late or has raised; the message says which."
 
@@ -573,16 +586,7 @@ class Watchdog:
     def _end(self, verdict):
         "Follow a verdict: wake the main thread if it is at the end of the block, else end the process."
         self.verdict = verdict
-        if verdict and not self.leaving:
-            message = f"\nseer_nb watchdog on rank {self.rank}: {verdict}\nThis process ends with status {RANK_LOST}. Start the run again: it continues at its last checkpoint.\n"
-            print(message, file=sys.__stderr__, flush=True)
-            out = sys.__stderr__
-            if self.folder is not None:
-                Path(self.folder).mkdir(parents=True, exist_ok=True)
-                out = open(Path(self.folder) / f"rank_{self.rank}.txt", "a")
-                print(message, file=out, flush=True)
-            faulthandler.dump_traceback(out)
-            os._exit(RANK_LOST)
+        if verdict and not self.leaving: _give_up(self.rank, verdict, self.folder)
         self.over.set()
 
     def __exit__(self, kind, error, trace):
@@ -598,7 +602,7 @@ class Watchdog:
         self.over.wait()
         if self.verdict: raise RankLost(self.verdict) from error
 
-# %% ../nbs/40_distributed.ipynb #debd09c8
+# %% ../nbs/40_distributed.ipynb #d8163004
 class Preempted(RuntimeError):
     "A run was told to stop before its end, and has saved its state; the same call goes on."
 

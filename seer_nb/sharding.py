@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BATCH_NORM', 'NO_CUTS', 'CUTS_10B', 'PER_TENSOR', 'DTYPES', 'meta_swav', 'BlockBytes', 'activation_bytes',
            'fixed_running_statistics', 'CheckpointedStage', 'complete_cuts', 'checkpoint_stages', 'plan_checkpoints',
-           'cuts_of', 'peak_activations', 'best_cuts', 'units', 'unit_sizes', 'materialize', 'rank_mesh', 'shard',
-           'PaddedSwAV', 'MemoryPlan', 'memory_plan']
+           'cuts_of', 'peak_activations', 'best_cuts', 'block_macs', 'units', 'unit_sizes', 'materialize', 'rank_mesh',
+           'shard', 'PaddedSwAV', 'MemoryPlan', 'memory_plan']
 
 # %% ../nbs/41_sharding.ipynb #b6c7831c
 import contextlib
@@ -203,7 +203,21 @@ def best_cuts(
     plans = [cuts_of(plan_checkpoints(weights, c), depths) for c in range(len(weights))]
     return min(plans, key=lambda cuts: peak_activations(passes, cuts))
 
-# %% ../nbs/41_sharding.ipynb #abb0b4b8
+# %% ../nbs/41_sharding.ipynb #25a71adf
+def block_macs(
+    backbone: RegNetY,  # on any device; left as it is
+    size: int,          # side of a crop, pixels
+) -> dict:
+    "Return name -> multiply-adds of the stem and of every block for one crop, named as in `activation_bytes`: `count_macs`, piece by piece."
+    with torch.device("meta"): twin, x, macs = RegNetY(backbone.config).eval(), torch.empty(1, 3, size, size), {}
+    for name, block in [("stem", twin.stem)] + [(f"{n}.{i}", b) for n, stage in twin.stages.items() for i, b in enumerate(stage)]:
+        def add(conv, inputs, output, name=name): macs[name] = macs.get(name, 0) + output.numel() * conv.weight[0].numel()
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d): conv.register_forward_hook(add)
+    twin(x)
+    return macs
+
+# %% ../nbs/41_sharding.ipynb #eaa953de
 PER_TENSOR = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__   # torch >= 2.15: one unit may hold two types
 
 
@@ -253,7 +267,7 @@ def materialize(
     model.head.normalize_prototypes()
     return model
 
-# %% ../nbs/41_sharding.ipynb #9f131611
+# %% ../nbs/41_sharding.ipynb #a9d84177
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -327,7 +341,7 @@ class MemoryPlan(NamedTuple):
     host: float    # GiB of host memory per GPU
     advice: str    # what to change; empty if it fits
 
-# %% ../nbs/41_sharding.ipynb #ff72aeeb
+# %% ../nbs/41_sharding.ipynb #68a15a3a
 @functools.lru_cache(maxsize=64)
 def _two_images(name, size, dtype):
     with torch.device("meta"): return activation_bytes(regnety(name), 2, size, dtype)
@@ -342,24 +356,32 @@ def _passes(config, images, padded):
     return [[b._replace(saved=b.saved * k, output=b.output * k) for b in _two_images(config.backbone, size, DTYPES[config.precision])] for size, k in scale]
 
 
-def _demand(config, features, sizes, n_gpus, cuts, padded, reduce_bytes, reshard, offload, accumulate):
+def _heaviest_part(backbone, cuts):
+    "Return the parameters of the heaviest part that is computed again, all gathered until its backward pass is done, and of its largest block."
+    weights = [[sum(p.numel() for p in block.parameters()) for block in stage] for stage in backbone.stages.values()]
+    parts = [w[a:b] for w, ends in zip(weights, cuts) for a, b in zip((0, *ends), ends)]
+    return max(((sum(part), max(part)) for part in parts), default=(0, 0))
+
+
+def _demand(config, features, sizes, part, n_gpus, cuts, padded, reduce_bytes, reshard, offload, accumulate):
     "Return the parts of a plan in bytes, and the bytes of the state."
     images, rest = divmod(config.batch_size, n_gpus * accumulate)
     if rest or not images: raise ValueError(f"batch_size {config.batch_size} does not split into {n_gpus} GPUs x {accumulate} micro-batches")
     sides = _sides(config, padded)
     n, b, largest = sum(sizes), DTYPES[config.precision].itemsize, sizes[0]
     rows, width = images * len(sides), features + 2 * config.head_depth * config.head_width + 2 * config.out_features
-    state = 12 * n / n_gpus
+    state, (part, block) = 12 * n / n_gpus, part
+    gathered = max(b * (sum(sizes[:2]) + largest) + largest * (b + reduce_bytes), b * part + block * (b + reduce_bytes))
     return {
         "weights": 0 if offload else 4 * n / n_gpus,
         "gradients": 4 * largest / n_gpus if offload else 4 * n / n_gpus,
         "momentum": 0 if offload else 4 * n / n_gpus,
-        "gathered": (b * (sum(sizes[:2]) + largest) if reshard else b * (n + largest)) + largest * (b + reduce_bytes),
+        "gathered": gathered if reshard else b * (n + largest) + largest * (b + reduce_bytes),
         "activations": peak_activations(_passes(config, images, padded), cuts),
         "crops, head": images * sum(3 * s * s for s in sides) * 4 + rows * (width * b + 4 * 4 * config.n_prototypes),
     }, state
 
-# %% ../nbs/41_sharding.ipynb #524e6c29
+# %% ../nbs/41_sharding.ipynb #18f45b8d
 def memory_plan(
     config,                      # a PretrainConfig, or anything with its names
     n_gpus: int,                 # ranks that share the state
@@ -379,7 +401,9 @@ def memory_plan(
     model, depths = meta_swav(config), [stage.depth for stage in REGNETY[config.backbone].stages]
     features, sizes = model.backbone.num_features, sorted(unit_sizes(model).values(), reverse=True)
     def plan(cuts, accumulate, offload, advice=""):
-        parts, state = _demand(config, features, sizes, n_gpus, complete_cuts(cuts, depths), padded, reduce_dtype.itemsize, reshard_after_forward, offload, accumulate)
+        cuts = complete_cuts(cuts, depths)
+        part = _heaviest_part(model.backbone, cuts)
+        parts, state = _demand(config, features, sizes, part, n_gpus, cuts, padded, reduce_dtype.itemsize, reshard_after_forward, offload, accumulate)
         parts = {name: x / 2**30 for name, x in parts.items()} | {"reserve": reserve_gib}
         total = sum(parts.values())
         return MemoryPlan(parts, total, total <= gpu_gib, state / 2**30 if offload else 0.0, advice)

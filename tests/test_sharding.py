@@ -160,6 +160,15 @@ def test_advice_is_taken():
     assert "offload" in memory_plan(seer_10b(batch_size=1), 1, 40).advice
 
 
+def test_a_part_that_is_computed_again_is_gathered_as_a_whole():
+    "FSDP2 leaves its blocks gathered until their backward pass, so a plan must not count two of them only."
+    stage = meta_swav(seer_10b()).backbone.stages["res4"]
+    weights = [sum(p.numel() for p in block.parameters()) for block in stage]
+    gathered = {cuts: memory_plan(seer_10b(), 496, 40, cuts=((2,), (7,), cuts, ())).parts["gathered"] * 2**30 for cuts in ((17,), (9, 17), tuple(range(1, 18)))}
+    assert gathered[17,] == 2 * sum(weights) + (2 + 4) * max(weights)
+    assert gathered[17,] > gathered[9, 17] > gathered[tuple(range(1, 18))]
+
+
 # ---- two ranks
 
 
