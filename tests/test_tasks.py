@@ -211,6 +211,25 @@ def test_squares_of_the_test(slug, steps):
     assert made.shape == (3, 224, 224) and torch.equal(made, asked)
 
 
+FAMILY_OF = {   # by hand, from VISSL's lists of transforms and the text of the fairness paper; of hashtags and wikiart nothing is published
+    "natural": """imagenet1k places205 inaturalist18 food101 caltech101 dtd openimages oxford_flowers oxford_pets stanford_cars fgvc_aircrafts gtsrb kinetics700 kitti_dist
+        wilds_iwildcam iwildcam_ood imagenet_a imagenet_r imagenet_sketch imagenet1k_1pct imagenet1k_10pct places205_lowshot hateful_memes
+        casual_conversations dollar_street utk_faces hashtags wikiart caltech101_1000 dtd_1000 kitti_dist_1000 oxford_flowers_1000 oxford_pets_1000""",
+    "whole": """cifar10 cifar100 euro_sat patch_camelyon resisc45 small_norb_azimuth small_norb_elevation stl10 miap
+        cifar100_1000 euro_sat_1000 patch_camelyon_1000 small_norb_azimuth_1000 small_norb_elevation_1000""",
+    "whole_unflipped": "svhn dsprites_loc dsprites_orient svhn_1000 dsprites_loc_1000 dsprites_orient_1000",
+    "warp": "clevr_count clevr_dist sun397 ucf101 voc07 voc07_lowshot clevr_count_1000 clevr_dist_1000 sun397_1000",
+    "mnist": "mnist", "centre": "imagenet_v2 imagenet_real im2gps im2gps3k", "centre_bicubic": "objectnet",
+    "uncut": "coco_detection voc07_detection voc0712_detection copydays roxford5k rparis6k"}
+
+
+def test_every_row_has_its_family():
+    "A benchmark whose images are cut otherwise than in the paper is another benchmark."
+    expected = {slug: family for family, slugs in FAMILY_OF.items() for slug in slugs.split()}
+    assert {slug: row.transform for slug, row in tasks.ROWS.items() if not tasks.is_toy(slug)} == expected
+    assert {row.transform for slug, row in tasks.ROWS.items() if tasks.is_toy(slug)} == {"square"}
+
+
 def test_the_model_brings_its_statistics():
     model = tasks.Preprocess(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bicubic", channel_order="BGR")
     made = tasks.eval_transform("food101", model, size=112)

@@ -58,7 +58,7 @@ def read_tap(
     if not match: raise ValueError(f"{tap!r} is not a tap: write PLACE or PLACE:ROWSxCOLUMNS, e.g. avgpool, res4 or res5:2x1")
     return match[1], (int(match[2]), int(match[3])) if match[2] else None
 
-# %% ../../nbs/evaluate/51_features.ipynb #81cad7ea
+# %% ../../nbs/evaluate/51_features.ipynb #c4f433b5
 def tapped_module(
     model: nn.Module,
     place: str,  # of read_tap
@@ -74,7 +74,7 @@ def tapped_module(
     ends = {name.rpartition(".")[2] for name in modules} | set(modules)
     raise ValueError(f"several modules are called {place!r}: {', '.join(found[:4])}" if found else f"this model has no tap {place!r}{did_you_mean(place, ends)}")
 
-
+# %% ../../nbs/evaluate/51_features.ipynb #db39e0f3
 def pooled(
     out,   # of a module: [B, C, h, w], [B, D], tokens [B, T, C], or a tuple that begins with one of them
     grid,  # (rows, columns), or None: as it is
@@ -87,7 +87,7 @@ def pooled(
     if grid[0] > out.shape[2] or grid[1] > out.shape[3]: raise ValueError(f"a map of {out.shape[2]}x{out.shape[3]} cannot be pooled to {grid[0]}x{grid[1]}")
     return F.adaptive_avg_pool2d(out.float(), grid)
 
-
+# %% ../../nbs/evaluate/51_features.ipynb #df948742
 def tap_features(
     model: nn.Module,      # any; a StreamedBackbone offers res2 … res5 and avgpool
     images: torch.Tensor,  # what the model takes: float [B, 3, H, W], normalised

@@ -7,7 +7,7 @@ __all__ = ['largest', 'nearest_neighbours', 'count_votes', 'check_one_label', 'c
            'timed', 'measure_speed', 'main', 'KnnConfig', 'knn_settings', 'score_knn', 'check_knn', 'open_knn_features',
            'run_knn']
 
-# %% ../../nbs/evaluate/53_knn.ipynb #f8c1727f
+# %% ../../nbs/evaluate/53_knn.ipynb #6d3eb22d
 import argparse
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..core import MetricLog, RunDir, make_config, write_atomic
 from .features import TaskFeatures, open_store, open_tapped, split_features, task_features
-from .linear import make_record
+from .linear import make_record, product
 from .metrics import measure, top_k_accuracy
 from .tasks import Result, append_result, check_ranks, find_result, needed, open_model, open_task, pick_device, task_row, weights_hash
 
@@ -42,21 +42,13 @@ def largest(
     values, place = table.gather(1, columns).topk(k)
     return values, columns.gather(1, place)
 
-# %% ../../nbs/evaluate/53_knn.ipynb #ead8560b
+# %% ../../nbs/evaluate/53_knn.ipynb #0da8a9d8
 def _rows(features, start, stop, normalize, device):
     "Some rows as float32 in memory of their own, of length 1 if `normalize`."
     rows = features[start:stop]
     rows = rows.detach().to(device, torch.float32, copy=True) if isinstance(rows, torch.Tensor) else torch.tensor(np.asarray(rows), dtype=torch.float32, device=device)
     if not rows.isfinite().all(): raise ValueError("some features are not finite")
     return rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(1e-12)) if normalize else rows
-
-
-def _product(rows, columns, table):
-    "Return rows @ columns, in the memory of a table."
-    table = table[:len(rows)]
-    if table.device.type != "cpu": return torch.mm(rows, columns, out=table)
-    np.matmul(rows.numpy(), columns.numpy(), out=table.numpy())     # NumPy brings OpenBLAS, faster here than the MKL of torch on AMD processors
-    return table
 
 
 def nearest_neighbours(
@@ -81,7 +73,8 @@ def nearest_neighbours(
         train = _rows(train_features, a, a + block, normalize, device).T.contiguous()
         table = train.new_empty(min(chunk, m), train.shape[1])
         for b in range(0, m, chunk):
-            values, index = largest(_product(_rows(test_features, b, b + chunk, normalize, device), train, table), min(k, train.shape[1]))
+            rows = _rows(test_features, b, b + chunk, normalize, device)
+            values, index = largest(product(rows, train, out=table[:len(rows)]), min(k, train.shape[1]))
             found[b] = _better(found[b], (values, index + a), k) if a else (values, index)
     return torch.cat([values for values, _ in found.values()]), torch.cat([index for _, index in found.values()])
 
@@ -92,7 +85,7 @@ def _better(old, new, k):
     values, place = values.topk(min(k, values.shape[1]))
     return values, index.gather(1, place)
 
-# %% ../../nbs/evaluate/53_knn.ipynb #698d0d72
+# %% ../../nbs/evaluate/53_knn.ipynb #03606c0c
 def count_votes(
     similarities: torch.Tensor,  # [M, k] from nearest_neighbours
     labels: torch.Tensor,        # [M, k] classes of these neighbours
@@ -246,7 +239,7 @@ def score_knn(
     details = {"top5": top_k_accuracy(votes, features.test_labels, 5)} if n_classes > 5 else {}
     return make_record(features.task, config, "knn", settings or knn_settings(config, features.weights), measured, len(votes), seconds, **details), votes, index
 
-# %% ../../nbs/evaluate/53_knn.ipynb #5ec174d5
+# %% ../../nbs/evaluate/53_knn.ipynb #5d444e09
 def check_knn(
     config: KnnConfig,
     n: int,  # training images
