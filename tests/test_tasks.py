@@ -507,3 +507,8 @@ def test_pages_that_read():
     assert {tasks.ROWS[slug].page for slug in PAGED} == pages | {"57_detection"} == {tasks.ROWS[slug].page for slug in PAGED if tasks.is_toy(slug)} | {"57_detection"}
     assert all(np.isnan(tasks.ROWS[slug].chance) or tasks.ROWS[slug].page == "57_detection" for slug in PAGED)
     assert tasks.ROWS["rparis6k"].paper == {"copies": {"ResNet-50 supervised IN1K": 0.6931}} and tasks.ROWS["casual_conversations"].paper == tasks.ROWS["utk_faces"].paper == {}
+
+
+def test_a_data_set_that_is_not_there_needs_no_library(monkeypatch, tmp_path):
+    for package in ("h5py", "scipy", "pandas"): monkeypatch.setitem(sys.modules, package, None)
+    assert {tasks.check_task(slug, tmp_path)[0] for slug in tasks.ROWS if not tasks.is_toy(slug)} == {"missing"}

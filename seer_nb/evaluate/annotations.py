@@ -340,6 +340,7 @@ def h5_array(
     shape: tuple,  # that it must have behind its first dimension
 ):
     "Open an HDF5 file, give one uint8 array of it, close the file. Raises `ValueError` for what PatchCamelyon does not hold."
+    with reading(path): os.stat(path)         # a data set that is not there needs no library
     h5py = needed("h5py", "datasets")
     with reading(path), h5py.File(path, "r") as file:
         if not isinstance(file.get(key, getlink=True), h5py.HardLink): raise ValueError(f"{key!r} is missing, or a link to somewhere else")
