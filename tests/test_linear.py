@@ -430,3 +430,17 @@ def test_both_solvers_of_the_race_end_alike():
     row = linear.race_scikit_learn(600, 20, 5, separation=2.0, l2=1e-2, rounds=1)
     assert row["ours_objective"] == pytest.approx(row["scikit_learn_objective"], rel=1e-4)
     assert row["ours_accuracy"] == pytest.approx(row["scikit_learn_accuracy"], abs=0.02) and row["times_faster"] > 0
+
+
+def test_features_that_say_nothing_leave_the_frequencies():
+    "A dead backbone: no NaN, and the bias is what the labels alone tell."
+    labels = torch.tensor([0] * 8 + [1] * 4)
+    for features in (torch.zeros(12, 3), torch.ones(12, 3)):
+        fit = linear.fit_logistic(features, labels, 2, l2=1e-3)
+        scores = features[:1] @ fit.weight + fit.bias
+        assert torch.allclose(scores.softmax(1), torch.tensor([[2 / 3, 1 / 3]]), atol=1e-3)
+
+
+def test_product_of_unlike_numbers_is_an_error():
+    with pytest.raises(RuntimeError): linear.product(torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float64))
+    assert torch.equal(linear.product(torch.ones(2, 3, requires_grad=True), torch.ones(3, 2)), torch.full((2, 2), 3.0))
