@@ -197,7 +197,7 @@ def main(argv=None):
     "Measure from the command line; `python -m seer_nb.streaming --help`."
     parser = argparse.ArgumentParser(prog="python -m seer_nb.streaming", description="Stream a network larger than memory from disk, and measure it.")
     parser.add_argument("network", nargs="?", default="regnety_10b", help="a key of REGNETY")
-    parser.add_argument("--folder", default=".", help="on a disk with room for the weights (10B: 18 GiB); everything is removed again")
+    parser.add_argument("--folder", default=".", help="on a disk with room for the weights (10B: 19 GiB); everything is removed again")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--results", help="a JSON-lines file to append the row to")
     parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
