@@ -18,6 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 from torch import nn
 
+from seer_nb.checkpoints import CheckpointError, lock_folder, unlock
 from seer_nb.core import make_config, write_atomic
 from seer_nb.evaluate import copies
 from seer_nb.evaluate.copies import CopiesConfig, PCAWhitening, Recipe, Wanted
@@ -528,6 +529,46 @@ def test_what_was_described_before_a_kill_is_not_described_again(model, tmp_path
     assert torch.equal(both(tmp_path), whole) and images.read == 0
 
 
+@pytest.mark.parametrize("block", [3, 12, 40])
+def test_blocks_of_another_size_lose_no_picture(model, tmp_path, monkeypatch, block):
+    images, recipe, path = Counted([photo(i) for i in range(10)]), Recipe(side=64), tmp_path / "moments.npz"
+    whole, images.read = copies.image_moments(model, images, recipe), 0
+    kill_before_save(monkeypatch, 1)
+    with pytest.raises(Killed): copies.image_moments(model, images, recipe, path=path, block=4)
+    monkeypatch.undo()
+    images.read = 0
+    found = copies.image_moments(model, images, recipe, path=path, block=block)
+    assert images.read == 6 and found.count == whole.count
+    pair = [PCAWhitening.from_moments(moments, 4) for moments in (found, whole)]
+    torch.testing.assert_close(*(w.matrix.T @ w.matrix for w in pair), rtol=1e-3, atol=1e-3)
+
+
+def test_a_whitening_of_other_directions_is_not_taken(model, tmp_path):
+    images, recipe = [photo(i) for i in range(4)], Recipe(side=64)
+    first = copies.fit_whitening(model, images, recipe, 2, folder=tmp_path)
+    for n in (1, 3, 10**6):
+        with pytest.raises(ValueError, match=f"keeps a whitening of 2 directions, {n} are wanted"): copies.fit_whitening(model, images, recipe, n, folder=tmp_path)
+    assert torch.equal(copies.fit_whitening(model, images, recipe, 2, folder=tmp_path).matrix, first.matrix)
+    with pytest.raises(ValueError, match="do not give 1000000 directions"): copies.fit_whitening(model, images, recipe, 10**6, folder=tmp_path / "new")
+    assert len(copies.fit_whitening(model, images, recipe, 3, folder=tmp_path / "new").matrix) == 3
+
+
+def test_vectors_that_are_not_finite_are_not_kept(model, tmp_path, monkeypatch):
+    images, recipe, real = [photo(i) for i in range(10)], Recipe(side=64), copies.add_moments
+    whole, calls = copies.fit_whitening(model, images, recipe, 8, block=4), iter(range(10))
+    monkeypatch.setattr(copies, "add_moments", lambda batches, moments: real((x * (math.nan if next(calls) == 1 else 1) for x in list(batches)), moments))
+    with pytest.raises(ValueError, match="the model's weights or the device are broken"): copies.fit_whitening(model, images, recipe, 8, folder=tmp_path, block=4)
+    with np.load(tmp_path / "moments.npz") as found: assert found["done"] == 4
+    assert torch.equal(copies.fit_whitening(model, images, recipe, 8, folder=tmp_path, block=4).matrix, whole.matrix)
+
+
+def test_what_another_process_has_kept_stays(tmp_path):
+    def late():
+        np.save(tmp_path / "x.npy", np.ones(3))
+        return np.zeros(3)
+    assert copies.kept(tmp_path / "x.npy", late).tolist() == [1, 1, 1]
+
+
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_a_run_on_copydays(tree, tmp_path):
@@ -559,6 +600,27 @@ def test_a_killed_run_goes_on_and_other_weights_start_anew(tree, tmp_path, monke
     monkeypatch.setattr(copies, "open_model", lambda spec, seed, device: open_model(spec, seed=seed + 1, device=device))       # other weights in the same file
     other, fresh = (copies.run_copies(dataclasses.replace(config, run_dir=str(tmp_path / name))) for name in ("half", "fresh"))
     assert other.settings["weights"] != whole.settings["weights"] and dataclasses.replace(other, seconds=0) == dataclasses.replace(fresh, seconds=0)
+
+
+def test_two_runs_do_not_share_a_folder(tree, tmp_path):
+    config = CopiesConfig(run_dir=str(tmp_path / "run"), task="copydays", root=str(tree), image_size=64, whitening=16, tap="res3", splits="strong")
+    result = copies.run_copies(config)
+    [folder] = (tmp_path / "run/descriptors").iterdir()
+    (tmp_path / "run/results.jsonl").unlink()
+    lock = lock_folder(folder)
+    with pytest.raises(CheckpointError, match="still going"): copies.run_copies(config)
+    unlock(lock)
+    assert copies.run_copies(config).value == result.value
+    unlock(lock_folder(folder))                                                         # a run gives it back
+
+
+def test_a_published_score_can_be_put_beside_later(tree, tmp_path, monkeypatch):
+    config = CopiesConfig(run_dir=str(tmp_path / "run"), task="copydays", root=str(tree), image_size=64, tap="res3", splits="strong")
+    alone = copies.run_copies(config)
+    monkeypatch.setattr(copies, "region_batches", None)                                 # nothing is described again
+    beside = copies.run_copies(dataclasses.replace(config, paper_model="SEER 10B"))
+    assert (alone.paper, beside.paper, beside.value) == (None, pytest.approx(0.906), alone.value)
+    assert copies.run_copies(config) == alone and len(read_results(tmp_path / "run/results.jsonl")) == 2
 
 
 def test_other_data_are_another_result(tree, tmp_path):

@@ -218,6 +218,8 @@ def test_a_run_on_files(tmp_path, solver):
     assert (result.n, result.paper, result.metric, result.details["missing"]) == (12, 0.439, "within 25 km", 5)
     assert [row["paper"] for row in result.details["within"].values()] == [0.152, 0.439, 0.583, 0.73, 0.835]
     assert result.details["within"]["city"]["chance"] == result.chance
+    other = geo.run_geolocation(dataclasses.replace(config, paper_model=""))            # the same numbers, beside no published one
+    assert (other.paper, other.value) == (None, result.value) and geo.run_geolocation(config) == result
     cells_file(top / "cells_50_1000.csv", [f"0,{token},{n},{lat},{lon}" for token, n, (lat, lon) in zip(geo.tokens(cells.ids), cells.images + 1, cells.centres)])
     assert geo.run_geolocation(config).settings["partitions"] != result.settings["partitions"]     # other cells are another measurement
 

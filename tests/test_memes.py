@@ -121,6 +121,8 @@ def test_run_on_the_challenges_files(tmp_path):
     assert np.isclose(result.value, roc_auc_score([i % 2 for i in range(20)], scores)) and result.ci_low <= result.value <= result.ci_high
     assert result.details["text_ceiling"] == 0.5 and result.details["texts_of_both_classes"] == 20 and "picture_ceiling" not in result.details
     with pytest.raises(ValueError, match="other parameters"): memes.run_memes(dataclasses.replace(config, l2_count=3))
+    other = memes.run_memes(dataclasses.replace(config, paper_model=""))                # the same numbers, beside no published one
+    assert (other.paper, other.value) == (None, result.value) and memes.run_memes(config) == result
 
 
 @pytest.mark.parametrize("dev", ["dev_seen.jsonl", "dev.jsonl"])

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import nn
 
 from ..containers import PickledObject, read_pickle
+from ..checkpoints import lock_folder, unlock
 from ..core import RunDir, did_you_mean, make_config, progress, stateless_rng, write_atomic
 from ..images import BadImage, ImageFiles, decode_image, open_images
 from ..toyworld import pictures
@@ -526,7 +527,7 @@ def kept(
     if path is None: return make()
     if not Path(path).exists():
         np.save(buffer := io.BytesIO(), make())
-        write_atomic(path, buffer.getvalue())
+        if not Path(path).exists(): write_atomic(path, buffer.getvalue())           # what another process has kept meanwhile stays
     return np.load(path, allow_pickle=False)
 
 
@@ -559,14 +560,16 @@ def image_moments(
     block: int = BLOCK,  # images between two saves
     **how,               # batch_size, desc of region_batches
 ) -> Moments:
-    "Return the moments of the vectors of all images, going on with those that are kept."
+    "Return the moments of the vectors of all images, going on with those that are kept. Raises `ValueError` for vectors that are not finite, and keeps nothing of them."
     device, moments, done = next(model.parameters(), torch.zeros(0)).device, None, 0
     if path and Path(path).exists():
         with np.load(path, allow_pickle=False) as found:
             moments, done = Moments(int(found["count"]), *(torch.from_numpy(found[name]).to(device) for name in Moments._fields[1:])), int(found["done"])
     for rows in blocks(len(images), block):
-        if rows[0] < done: continue
+        if rows[-1] < done: continue
+        rows = range(max(rows[0], done), rows[-1] + 1)                # blocks may have had another size before
         moments = add_moments((vectors.flatten(0, 1) for _, vectors in region_batches(model, images, recipe, rows=rows, **how)), moments)
+        if not moments.squares.isfinite().all(): raise ValueError("some vectors are not finite: the model's weights or the device are broken")
         if not path: continue
         np.savez(buffer := io.BytesIO(), done=rows[-1] + 1, **{name: torch.as_tensor(x).cpu().numpy() for name, x in moments._asdict().items()})
         write_atomic(path, buffer.getvalue())
@@ -582,12 +585,13 @@ def fit_whitening(
     folder=None,     # where what is learnt is kept, of this model, recipe and these images alone; None: nowhere
     **how,           # block, batch_size, desc of image_moments
 ) -> PCAWhitening:
-    "Fit whitening on the vectors of some images."
+    "Fit whitening on the vectors of some images, or return the one that is kept. Raises `ValueError` if that one has another number of directions."
     device, folder = next(model.parameters(), torch.zeros(0)).device, folder and Path(folder)
     def fit():
         found = PCAWhitening.from_moments(image_moments(model, images, recipe, path=folder and folder / "moments.npz", **how), n)
         return torch.cat([found.mean[None], found.matrix]).cpu().numpy()
     rows = torch.from_numpy(kept(folder and folder / "whitening.npy", fit)).to(device)
+    if len(rows) != 1 + n: raise ValueError(f"{folder} keeps a whitening of {len(rows) - 1} directions, {n} are wanted now: choose another folder, or remove this one")
     if folder: (folder / "moments.npz").unlink(missing_ok=True)
     return PCAWhitening(rows[0], rows[1:])
 
@@ -846,7 +850,7 @@ def copies_settings(
     weights: str,  # fingerprint of the model
 ) -> dict:
     "Return what decides the number."
-    names = ("image_size", "tap", "pooling", "levels", "power", "scales", "whitening", "whitening_images", "splits", "distractors", "depth")
+    names = ("image_size", "tap", "pooling", "levels", "power", "scales", "whitening", "whitening_images", "splits", "distractors", "depth", "paper_model")
     if not config.whitening: data = data._replace(training=())
     return {name: getattr(config, name) for name in names} | {"database": len(data.database), "training": len(data.training), "data": copies_data(data), "weights": weights}
 
@@ -884,7 +888,8 @@ def run_copies(
 ) -> Result:
     """Search for copies in a run folder: `results.jsonl` gets one line, `neighbours.npy` the seven nearest images of each headline query, `precision.npy` its average precision.
 
-    A run that was killed goes on with the descriptors it has: they lie in `descriptors/`, below a name made of settings, data and weights, so that those of others are never read. A result that is already there for the same settings, data and weights is returned. Raises `ValueError` before anything is written for a task, split, model, recipe, backend or
+    A run that was killed goes on with the descriptors it has: they lie in `descriptors/`, below a name made of settings, weights and a fingerprint of the data (all names,
+    the pixels of eight images). A result that is already there for the same of these is returned. Raises `CheckpointError` if another run is writing there, `ValueError` before anything is written for a task, split, model, recipe, backend or
     published model that does not exist, and `FileNotFoundError` for data that are not there.
     """
     check_config(config, "copies")
@@ -898,9 +903,12 @@ def run_copies(
     run = RunDir(config.run_dir, "copies")
     done = find_result(run.results, task=config.task, model=config.model, protocol="copies", settings=settings, seed=config.seed)
     if done: return done
-    run.begin(config, may_change=("extract_batch", "device", "backend"))
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    result, scores = score_copies(model, data, config, settings, run.path / "descriptors" / key)
+    run.begin(config, may_change=("extract_batch", "device", "backend", "paper_model"))
+    decisive = {name: value for name, value in settings.items() if name != "paper_model"}          # descriptors are the same beside any published score
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
+    lock = lock_folder(folder := run.path / "descriptors" / key)                      # two runs would mix two whitenings
+    try: result, scores = score_copies(model, data, config, settings, folder)
+    finally: unlock(lock)
     for name, array in {"neighbours": scores.top.numpy(), "precision": scores.precision}.items():
         np.save(buffer := io.BytesIO(), array)
         write_atomic(run.path / f"{name}.npy", buffer.getvalue())

@@ -556,7 +556,7 @@ def geolocation_settings(
     "Return what decides the number: cells, solver and its parameters, photographs and their places, and the weights."
     digest = lambda arrays: hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
     data = {"train": data_fingerprint(train), "test": data_fingerprint(test), "places": digest([train.coordinates, test.coordinates])}
-    return {name: getattr(config, name) for name in ("image_size", "train_images", "test_images", "cells", "solver", *SOLVERS[config.solver])} | {
+    return {name: getattr(config, name) for name in ("image_size", "train_images", "test_images", "cells", "solver", "paper_model", *SOLVERS[config.solver])} | {
         "data": data, "partitions": digest(array for cells in partitions for array in cells), "weights": weights}
 
 # %% ../../nbs/evaluate/64_geolocation.ipynb #d136092b
@@ -596,7 +596,7 @@ def run_geolocation(
     settings = geolocation_settings(config, train, test, partitions, gather_json(weights_hash(model) if is_main() else "")[0])
     this = dict(task=config.task, model=config.model, protocol="geolocation", settings=settings, seed=config.seed)
     if gather_json(find_result(run.results, **this) is not None)[0]: return find_result(run.results, **this)
-    if is_main(): run.begin(config, may_change=("workers", "extract_batch", "device", "cuts"))
+    if is_main(): run.begin(config, may_change=("workers", "extract_batch", "device", "cuts", "paper_model"))
     barrier()
     start, labels = time.perf_counter(), [torch.from_numpy(locate(leaf_ids(train.coordinates), cells)) for cells in partitions]
     if config.solver == "finetune":

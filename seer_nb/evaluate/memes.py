@@ -220,7 +220,7 @@ def memes_settings(
     weights: str,  # fingerprint of the model
 ) -> dict:
     "Return what decides the number, with fingerprints of both splits: pictures and texts."
-    names = ("image_size", "train_images", "test_images", "tap", "validation_share", "l2_low", "l2_high", "l2_count")
+    names = ("image_size", "train_images", "test_images", "tap", "validation_share", "l2_low", "l2_high", "l2_count", "paper_model")
     data = [part for memes in (train, test) for part in (data_fingerprint(memes.images), hashlib.sha256(json.dumps(memes.texts).encode()).hexdigest()[:12])]
     return {name: getattr(config, name) for name in names} | {"data": data, "weights": weights}
 
@@ -277,7 +277,7 @@ def run_memes(
     run, settings = RunDir(config.run_dir, "memes"), memes_settings(config, train, test, weights_hash(model))
     done = find_result(run.results, task=config.task, model=config.model, protocol="memes", settings=settings, seed=config.seed)
     if done: return done
-    run.begin(config, may_change=("extract_batch", "device"))
+    run.begin(config, may_change=("extract_batch", "device", "paper_model"))
     splits = {"train": train.images, "test": test.images}
     store = extract(model, splits, run.path / "features", taps=[config.tap], size=config.image_size, batch_size=config.extract_batch, name=config.model)
     result, scores = score_memes(*(store.features(split, config.tap) for split in splits), train, test, config, settings)
