@@ -10,7 +10,7 @@ __all__ = ['STYLE', 'LABELS', 'HOMES', 'FACES', 'CLASSIFIER', 'COPIES', 'NAMES',
            'draw_gaps', 'png', 'rate_tables', 'score_table', 'fine_print', 'part_section', 'not_measured', 'sources',
            'model_card', 'write_card', 'about_model', 'run_audit']
 
-# %% ../../nbs/evaluate/68_audit.ipynb #382c40db
+# %% ../../nbs/evaluate/68_audit.ipynb #ac87cb02
 import base64
 import dataclasses
 import html
@@ -32,7 +32,7 @@ from .tasks import append_result, find_result, is_toy, needed, open_model, read_
 from ..regnet import count_parameters
 from ..viz import PALETTE
 
-# %% ../../nbs/evaluate/68_audit.ipynb #121a03aa
+# %% ../../nbs/evaluate/68_audit.ipynb #f35169ad
 def holm(
     p_values,  # [M]
 ) -> list:
@@ -183,7 +183,7 @@ def chosen_parts(
         if name not in known: raise ValueError(f"no part {name!r}{did_you_mean(name, known)}; parts: {', '.join(known)}")
     return [known[name] for name in config.parts.split()] or [part for part in AUDIT if is_toy(part.task) != bool(config.root)]
 
-# %% ../../nbs/evaluate/68_audit.ipynb #q68co469
+# %% ../../nbs/evaluate/68_audit.ipynb #09a82a84
 PATHS = ("archive", "families", "label_map", "labels", "probe", "root", "table", "train_folder")   # settings that may be paths
 
 
@@ -216,7 +216,7 @@ def public_reason(
     reason = re.sub(r"(?<![\w:/.~…])/(?:[^\s'\":,/]+/)+", "…/", reason)
     return re.sub(r"[^\s'\"]+\.(?:jpe?g|png|bmp|webp)\b", "a picture", reason, flags=re.IGNORECASE)
 
-# %% ../../nbs/evaluate/68_audit.ipynb #a64fe666
+# %% ../../nbs/evaluate/68_audit.ipynb #345be015
 class Missing(NamedTuple):
     "A part that was not measured."
     part: Part
@@ -262,7 +262,7 @@ def glance(
     rows = [[part.question, result.task, result.metric, percent(result.value), interval(result.ci_low, result.ci_high), part.better, percent(result.chance), percent(result.paper), result.n] for part, result in done]
     return markdown_table(["question", "task", "metric", "here, %", "95 %", "better", "chance, %", "published, %", "n"], rows)
 
-# %% ../../nbs/evaluate/68_audit.ipynb #ca5eb882
+# %% ../../nbs/evaluate/68_audit.ipynb #0b53a47d
 def all_gaps(
     done: list,  # of measure_parts
 ) -> list:
@@ -285,7 +285,7 @@ def gap_table(
     return (f"{table}\n\nGaps **at equal chance** ({', '.join(map(as_text, equal))}) are not differences of the rates in the tables below. The search finds more of whoever is more frequent in the database, even with a network that sees nothing. "
             "So each precision is first moved to where it would stand if everybody's chance were the same; neither a random search nor a perfect one has a gap there.")
 
-# %% ../../nbs/evaluate/68_audit.ipynb #3fb91146
+# %% ../../nbs/evaluate/68_audit.ipynb #c8e40050
 def draw_gaps(
     gaps: list,  # of all_gaps
 ):
@@ -297,7 +297,7 @@ def draw_gaps(
         ax.plot(100 * gap.difference, y, "o", color=PALETTE["here"], ms=5, mfc=PALETTE["here"] if p < 0.05 else "white")
     ax.axvline(0, color=PALETTE["chance"], ls="--", lw=1)
     ax.set_yticks(range(len(gaps)), [f"{part}: {name}".replace("$", r"\$") for part, name, *_ in reversed(gaps)], fontsize=7)
-    ax.set(xlabel="largest gap, points, with 95 % interval; hollow: not told from chance, or not tested", ylim=(-0.7, len(gaps) - 0.3))
+    ax.set(xlabel="largest gap, points, with 95 % interval; hollow: corrected p ≥ 0.05", ylim=(-0.7, len(gaps) - 0.3))
     plt.close(fig)
     return fig
 
@@ -307,7 +307,7 @@ def png(figure) -> bytes:
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, bbox_inches="tight")
     return buffer.getvalue()
 
-# %% ../../nbs/evaluate/68_audit.ipynb #7cfcbbd2
+# %% ../../nbs/evaluate/68_audit.ipynb #1c9190d2
 def rate_tables(
     rates: dict,  # of named_parts
 ) -> list:
@@ -334,7 +334,7 @@ def score_table(
     rows += [[name, percent(split["mAP"]), interval(split["low"], split["high"]), split["n"]] for name, split in details.get("splits", {}).items()]
     return markdown_table(["kind", "%", "95 %", "n"], rows) if rows else ""
 
-# %% ../../nbs/evaluate/68_audit.ipynb #8c2b806e
+# %% ../../nbs/evaluate/68_audit.ipynb #020493c6
 def fine_print(
     details: dict,  # of a Result
 ) -> list:
@@ -363,7 +363,7 @@ def part_section(
         text += [f"![{as_text(result.metric)} by group]({part.name}.png)", *rate_tables(rates)]
     return [*text, score_table(result.details, result.n), *fine_print(result.details)], figures
 
-# %% ../../nbs/evaluate/68_audit.ipynb #68d068c3
+# %% ../../nbs/evaluate/68_audit.ipynb #975abe52
 def not_measured(
     done: list,     # of measure_parts
     missing: list,
@@ -383,7 +383,7 @@ def sources(
     every = json.dumps({"audit": public_settings(settings)} | {part.name: public_settings(result.settings) for part, result in done}, indent=1).replace("`", "'")
     return ["## Data", markdown_table(["task", "data set", "licence or access", "where"], rows), "## Settings", f"```json\n{every}\n```"]
 
-# %% ../../nbs/evaluate/68_audit.ipynb #0cda8e28
+# %% ../../nbs/evaluate/68_audit.ipynb #87834d99
 TOY = "**Toy audit: made-up pictures, a planted bias. It shows that the audit works, nothing about the world.**"
 ABOUT_GAPS = ("Each gap is the largest difference between two groups of its kind; the test says how often chance alone makes one as large, and is corrected (Holm) for the number of gaps on this card. "
               "No gap found is not fairness proven: see the sizes of the groups.")
@@ -427,7 +427,7 @@ def write_card(
     write_atomic(Path(folder) / "card.md", text)
     write_atomic(Path(folder) / "card.html", as_html(text, title, figures))
 
-# %% ../../nbs/evaluate/68_audit.ipynb #3f914a46
+# %% ../../nbs/evaluate/68_audit.ipynb #9704a1af
 def about_model(
     config: AuditConfig,
 ) -> dict:
