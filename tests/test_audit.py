@@ -1,6 +1,7 @@
 """The audit: parts that fail do not take others with them, the card holds in one file what was measured, and text from outside stays text."""
 import dataclasses
 import html.parser
+import math
 import re
 
 import pytest
@@ -91,7 +92,7 @@ def test_toy_parts_can_be_named_beside_a_root(parts, tmp_path):
 def test_small_groups_are_marked_not_dropped(parts, tmp_path):
     run_audit(AuditConfig(run_dir=str(tmp_path), parts="toy_two"))
     card = (tmp_path / "card.md").read_text()
-    assert "| b | 9 | 50.0 (20.0 to 80.0) | few: do not lean on it |" in card and "| a | 9 | 50.0 (20.0 to 80.0) |  |" in card
+    assert "| b | 9 | 50.0 (20.0 to 80.0) | few: do not rely on it |" in card and "| a | 9 | 50.0 (20.0 to 80.0) |  |" in card
 
 
 def test_a_missing_interval_is_a_dash(parts, tmp_path, monkeypatch):
@@ -170,3 +171,65 @@ def test_holm_follows_statsmodels_rule():
     "Worked by hand: sorted p times 4, 3, 2, 1, never falling, at most 1."
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_a_missing_p_value_silences_no_other():
+    nan = float("nan")
+    for p_values in ([nan, 0.001, 0.002], [None, 0.001, 0.002], [0.001, nan, 0.002, None]):
+        corrected = holm(p_values)
+        assert [math.isnan(p) for p in corrected] == [p is None or p != p for p in p_values]
+        assert [p for p in corrected if p == p] == pytest.approx([0.002, 0.002])
+    assert all(map(math.isnan, holm([nan, None])))
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_gap_without_a_p_value_is_not_tested(parts, tmp_path, monkeypatch, missing):
+    run = lambda c: fake_result(c, groups={"age": {"rates": rates("a", "b"), "gap": gap(missing)}, "gender": {"rates": rates("a", "b"), "gap": gap(0.02)}})
+    monkeypatch.setattr(audit, "AUDIT", (Part("toy_x", "fairness", "?", "toy_scenes", run, FakeConfig),))
+    run_audit(AuditConfig(run_dir=str(tmp_path)))
+    rows = {row.split(" | ")[1]: row.split(" | ")[-3:] for row in (tmp_path / "card.md").read_text().splitlines() if row.startswith("| toy\\_x | ") and row.count("|") == 10}
+    assert rows == {"age": ["–", "–", "not tested |"], "gender": ["0.020", "0.020", "a gap |"]}
+
+
+def test_a_card_holds_no_folder_of_this_machine_and_no_name_of_a_picture(tmp_path, monkeypatch):
+    root = tmp_path / "anna" / "sets"
+    root.mkdir(parents=True)
+    face = "39_1_20170116174525125.jpg.chip.jpg"
+
+    def fails(config): raise ValueError(f"{root}/utk_faces/part1/{face}: it is damaged, as is {tmp_path}/anna/other/list.json")
+    def tells(config):
+        settings = {"archive": f"{root}/archive", "probe": f"{tmp_path}/anna/probe.safetensors", "train_folder": "train", "labels": 619}
+        return dataclasses.replace(fake_result(config, left_out={"malformed names": [f"part1/{face}"], "the same face again": 4}), settings=settings)
+    monkeypatch.setattr(audit, "AUDIT", (Part("toy_a", "fairness", "?", "toy_scenes", tells, FakeConfig), Part("toy_b", "fairness", "?", "toy_scenes", fails, FakeConfig)))
+    monkeypatch.setattr(audit, "open_model", lambda spec, seed, opened=audit.open_model: opened("random:regnety_toy", seed=seed))
+    folder = tmp_path / "anna" / "run"
+    run_audit(AuditConfig(run_dir=str(folder), model=f"seer:{root}/seer_128gf.pt", root=str(root), parts="toy_a toy_b", labels=f"{root}/labels.json", families=f"{root}/families.json"))
+    for card in ((folder / "card.md").read_text(), (folder / "card.html").read_text()):
+        assert str(tmp_path) not in card and "anna" not in card and "2017011617" not in card
+        assert "seer:seer" in card and "Toy audit" not in card
+    text = (folder / "card.md").read_text()
+    assert '"root": "sets"' in text and '"archive": "archive"' in text and '"probe": "probe.safetensors"' in text and '"labels": 619' in text and '"model": "seer:seer_128gf.pt"' in text
+    assert "Left out: malformed names: 1, the same face again: 4." in text and "| a picture: it is damaged, as is …/list.json |" in text
+    assert read_results(folder / "results.jsonl")[0].settings["archive"] == f"{root}/archive"            # nothing is lost on this machine
+
+
+def test_what_was_left_out_may_be_a_number(parts, tmp_path, monkeypatch):
+    "As on the page on robustness."
+    monkeypatch.setattr(audit, "AUDIT", (Part("toy_x", "robustness", "?", "toy_scenes", lambda c: fake_result(c, left_out=7), FakeConfig),))
+    run_audit(AuditConfig(run_dir=str(tmp_path)))
+    assert "Left out: 7." in (tmp_path / "card.md").read_text()
+
+
+@pytest.mark.parametrize("reason, public", [
+    ("no data: ai.meta.com/datasets/x, after signing", "no data: ai.meta.com/datasets/x, after signing"), ("see https://a.org/b/c", "see https://a.org/b/c"),
+    ("rel/sets/a.json is missing", "sets/a.json is missing"), ("/opt/x/y/z.so is missing", "…/z.so is missing"), ("the data are not there", "the data are not there")])
+def test_reasons_stay_readable(reason, public): assert audit.public_reason(reason, ["rel/sets", "", ".", "/", "data"]) == public
+
+
+def test_a_card_names_the_figures_of_its_own_parts_alone(parts, tmp_path):
+    "Other parts may have left theirs in the folder."
+    run_audit(AuditConfig(run_dir=str(tmp_path)))
+    run_audit(AuditConfig(run_dir=str(tmp_path), parts="toy_one"))
+    card, page = (tmp_path / "card.md").read_text(), (tmp_path / "card.html").read_text()
+    pictures = {path.name for path in tmp_path.glob("*.png") if f"]({path.name})" in card}
+    assert pictures == {"gaps.png", "toy_one.png"} and len(list(tmp_path.glob("*.png"))) == 3 and page.count("data:image/png;base64,") == 2

@@ -91,6 +91,25 @@ def test_vissls_own_taxonomy(tmp_path):
         with pytest.raises(ValueError, match=fl.LABEL_NAMES): fl.read_labels(path)
 
 
+def test_a_text_of_labels_is_checked_as_json_is(tmp_path, monkeypatch):
+    "The error names the file: too large, in another encoding, or not there."
+    path = tmp_path / "labels.txt"
+    path.write_bytes("Gänsegeier\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="labels.txt: .*utf-8"): fl.read_labels(path)
+    path.write_text("face\nape\n", encoding="utf-8")
+    assert fl.read_labels(path) == ("face", "ape")
+    monkeypatch.setattr(fl, "SMALL", 8)
+    with pytest.raises(ValueError, match="labels.txt: it has more than 8 bytes"): fl.read_labels(path)
+    with pytest.raises(FileNotFoundError, match="nowhere.txt"): fl.read_labels(tmp_path / "nowhere.txt")
+
+
+def test_what_is_shown_beside_is_part_of_a_result():
+    "The details hold the published rates of `paper_model`: with another one it is another result."
+    people = toy_people(4)
+    settings = [fl.label_settings(fl.LabelsConfig(paper_model=name), ["ape"], {"ape": "Non-Human"}, "w", people, (fl.as_task(people, "toy_people"),)) for name in ("", "SEER 10B")]
+    assert [s.pop("paper_model") for s in settings] == ["", "SEER 10B"] and settings[0] == settings[1]
+
+
 def test_silence_is_not_fairness(tmp_path):
     "A taxonomy without a family leaves it out, and a headline without a label is an error."
     assert "Human" not in fl.label_families(["chimpanzee", "prison"], fl.paper_families("miap"))

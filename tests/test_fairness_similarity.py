@@ -127,7 +127,7 @@ def conversations(root, n=40):
 def test_utk_faces(tmp_path):
     utk(tmp_path)
     faces, left = sim.read_utk_faces(tmp_path)
-    assert len(faces.names) == 60 and left == {"malformed names": ["part1/39_1_20170116174525125.jpg.chip.jpg"], "the same face again": 0}
+    assert len(faces.names) == 60 and left == {"malformed names": 1, "the same face again": 0}
     for name, age, gender in zip(faces.names, faces.attributes["age"], faces.attributes["gender"]):
         codes = name.split("/")[-1].split("_")
         assert (age, gender) == (int(codes[0]), {"0": "male", "1": "female"}[codes[1]])
@@ -148,14 +148,38 @@ def test_vissls_files_choose_the_faces(tmp_path):
     write_records(tmp_path, [*names[:40], "9_1_3_20170101000000999.jpg.chip.jpg"])
     faces, left = sim.read_utk_faces(tmp_path)
     assert sorted(name.split("/")[-1] for name in faces.names) == sorted(names[:40])
-    assert left == {"malformed names": [], "the same face again": 0, "not in VISSL's files": 21, "no image file": 1}
+    assert left == {"malformed names": 0, "the same face again": 0, "not in VISSL's files": 21, "no image file": 1}
     np.save(tmp_path / sim.UTK_SEARCHED, np.array([f"manifold://ssl_framework/tree/datasets/utk_faces/images/{name}" for name in names[10:50]]))
     faces, left = sim.read_utk_faces(tmp_path)
     assert sorted(name.split("/")[-1] for name in faces.names) == sorted(names[10:40]) and left["no image file"] == 0      # in both
     (tmp_path / sim.UTK_RECORDS).unlink()
     assert len(sim.read_utk_faces(tmp_path)[0].names) == 40
     np.save(tmp_path / sim.UTK_SEARCHED, np.array(["a/nobody.jpg"]))
+    with pytest.raises(ValueError, match="none of the 61 pictures"): sim.read_utk_faces(tmp_path)
+
+
+def test_pictures_under_other_names_than_vissls_are_said_to_be_there(tmp_path):
+    "`.jpg` here, `.jpg.chip.jpg` in VISSL's files: the data are not missing, and the message shows the form of the names, not a person's codes."
+    save(tmp_path / "26_1_2_20170116174525125.jpg", 1)
+    write_records(tmp_path, ["26_1_2_20170116174525125.jpg.chip.jpg"])
+    with pytest.raises(ValueError, match=r"none of the 1 pictures in .* like '00_0_0_0{17}\.jpg\.chip\.jpg': remove those files"): sim.read_utk_faces(tmp_path)
+    np.save(tmp_path / sim.UTK_SEARCHED, np.array(["a/nobody.jpg"]))
+    with pytest.raises(ValueError, match="none of the 1 pictures"): sim.read_utk_faces(tmp_path)          # the two files have no name in common
+    (tmp_path / "26_1_2_20170116174525125.jpg").unlink()
     with pytest.raises(FileNotFoundError): sim.read_utk_faces(tmp_path)
+
+
+def test_a_list_of_addresses_is_no_larger_than_its_file(tmp_path, monkeypatch):
+    "A header may promise 10**13 texts in 192 bytes."
+    path = tmp_path / sim.UTK_SEARCHED
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<U100", "fortran_order": False, "shape": (10**13,)})
+        file.write(bytes(64))
+    with pytest.raises(ValueError, match=sim.UTK_SEARCHED): sim.read_addresses(path)
+    np.save(path, np.array(["a/b.jpg", "c.jpg"]))
+    assert sim.read_addresses(path) == ["a/b.jpg", "c.jpg"]
+    monkeypatch.setattr(sim, "JSON_LIMIT", 100)
+    with pytest.raises(ValueError, match="more than 100 bytes"): sim.read_addresses(path)
 
 
 def test_vissls_files_in_another_form(tmp_path):
@@ -202,7 +226,7 @@ def test_run_on_the_published_formats(data, tmp_path):
     result = sim.run_similarity(config)
     genders = pd.Series([row["gender"] for row in data]).value_counts()
     left = result.details["left_out"]
-    assert left == {"gender not recorded": genders["N/A"], "gender not in the database": genders["Other"], "malformed names": ["part1/39_1_20170116174525125.jpg.chip.jpg"],
+    assert left == {"gender not recorded": genders["N/A"], "gender not in the database": genders["Other"], "malformed names": 1,
                     "the same face again": 0}
     assert result.n == genders["Female"] + genders["Male"] and result.details["database"] == {"female": 30, "male": 30} and result.chance == 0.5
     precision = np.load(tmp_path / "run/precision.npy")

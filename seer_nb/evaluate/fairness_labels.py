@@ -114,9 +114,12 @@ def read_labels(
 ) -> tuple:
     """Return a classifier's labels, in the order of its outputs. Of {label: output}, the first names in `LABEL_NAMES`, if that lies beside it.
 
-    Raises `ValueError` for another kind of file and for outputs that are missing.
+    Raises `ValueError` that names the file for another kind of file, one of more than `SMALL` bytes, and outputs that are missing.
     """
-    if Path(path).suffix != ".json": return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+    if Path(path).suffix != ".json":
+        with reading(path):
+            if Path(path).stat().st_size > SMALL: raise ValueError(f"it has more than {SMALL:,} bytes")
+            return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     found, beside = read_json(path, SMALL), Path(path).with_name(LABEL_NAMES)
     with reading(path):
         labels = by_output(found) if isinstance(found, dict) else found
@@ -451,7 +454,7 @@ def label_settings(
     images: tuple,  # what is looked at: the people's, and the archive's if there is one
 ) -> dict:
     "Return what decides the numbers."
-    own = {name: getattr(config, name) for name in ("image_size", "test_images", "archive", "train_images", "family", "threshold", "top_k", "min_size", "square", "bias")}
+    own = {name: getattr(config, name) for name in ("image_size", "test_images", "archive", "train_images", "family", "threshold", "top_k", "min_size", "square", "bias", "paper_model")}
     return own | data_settings(images, list(labels), mapping, people.attributes) | {"labels": len(labels), "weights": weights}
 
 # %% ../../nbs/evaluate/60_fairness_labels.ipynb #7e880010

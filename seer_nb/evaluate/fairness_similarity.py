@@ -8,7 +8,7 @@ __all__ = ['UTK_NAME', 'UTK_RECORDS', 'UTK_SEARCHED', 'attribute_precision', 'an
            'published_precisions', 'SimilarityConfig', 'read_ks', 'check_similarity', 'open_retrieval', 'groupings',
            'grouping_details', 'score_similarity', 'check_retrieval', 'run_similarity', 'draw_precisions']
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #7de4184c
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #acf27bf4
 import dataclasses
 import functools
 import os
@@ -22,7 +22,7 @@ from PIL import Image
 from ..core import RunDir, did_you_mean, stateless_rng
 from .annotations import reading
 from .features import extract_features, open_tapped, read_tap, tapped_module
-from .groups import (AGE_GROUPS, GroupRate, People, UNKNOWN, as_task, check_least, check_sizes, data_settings, disparity_ratio, draw_rates, group_rates, is_missing,
+from .groups import (AGE_GROUPS, JSON_LIMIT, GroupRate, People, UNKNOWN, as_task, check_least, check_sizes, data_settings, disparity_ratio, draw_rates, group_rates, is_missing,
                                      join_groups, largest_gap, make_toy_people, read_casual_conversations, read_json, save_arrays, stated, toy_figure)
 from .knn import nearest_neighbours
 from .readers import needed, read_image
@@ -93,7 +93,7 @@ def utk_codes(
     match = UTK_NAME.fullmatch(name)
     return (int(match[1]), ("male", "female")[int(match[2])]) if match and int(match[1]) <= 116 else None
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #2b124cc8
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #dd2f467a
 UTK_RECORDS, UTK_SEARCHED = "utk_dataset_metadata.json", "aligned_utk_train_images_gender.npy"
 
 
@@ -113,9 +113,10 @@ def read_utk_records(
 def read_addresses(
     path,  # .npy file
 ) -> list:
-    "Return the addresses in an array of text. Raises `ValueError` for an array of anything else, pickled objects among them."
+    "Return the addresses in an array of text. Raises `ValueError` for an array of anything else, pickled objects among them, for one that ends too early, and for a file of more than `JSON_LIMIT` bytes."
     with reading(path):
-        addresses = np.load(path, allow_pickle=False)
+        if Path(path).stat().st_size > JSON_LIMIT: raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
+        addresses = np.load(path, mmap_mode="r", allow_pickle=False)      # a header that promises more than the file holds is an error
         if addresses.ndim != 1 or addresses.dtype.kind != "U": raise ValueError(f"it is no list of addresses but {addresses.dtype} {list(addresses.shape)}")
         return addresses.tolist()
 
@@ -129,20 +130,23 @@ def searched_names(
     if Path(root, UTK_SEARCHED).exists(): chosen.append({address.rsplit("/", 1)[-1] for address in read_addresses(Path(root, UTK_SEARCHED))})
     return set.intersection(*chosen) if chosen else None
 
-# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #8a71316b
+# %% ../../nbs/evaluate/62_fairness_similarity.ipynb #c7faf956
 def read_utk_faces(
     root,  # folder with the images, in itself or below
 ) -> tuple:
-    """Read UTK-Faces; return the `People` and what is left out: reason -> number of files, and the list of `malformed names`.
+    """Read UTK-Faces; return the `People` and what is left out: reason -> number of files.
 
-    Raises `FileNotFoundError` without a single well-formed name, `ValueError` for VISSL's files in another form.
+    Raises `FileNotFoundError` without a single well-formed name, `ValueError` for VISSL's files in another form and for pictures of which they name none.
     """
     found = sorted(Path(folder, name).relative_to(root).as_posix() for folder, _, names in os.walk(root) for name in names if name.lower().endswith((".jpg", ".jpeg", ".png")))
     once, chosen = {name.rsplit("/", 1)[-1]: name for name in reversed(found)}, searched_names(root)      # of several the first
+    if chosen is not None and once and not chosen & set(once):
+        like = re.sub("[0-9]", "0", min(chosen, default=""))
+        raise ValueError(f"none of the {len(once)} pictures in {root} is named by VISSL's files, whose names are like {like!r}: remove those files to search all faces")
     codes = {once[name]: utk_codes(name) for name in once if chosen is None or name in chosen}
     names = sorted(name for name in codes if codes[name])
     if not names: raise FileNotFoundError(2, "no such file", str(Path(root, "AGE_GENDER_RACE_DATE.jpg.chip.jpg")))
-    left = {"malformed names": sorted(name for name in codes if not codes[name]), "the same face again": len(found) - len(once)}
+    left = {"malformed names": sum(found is None for found in codes.values()), "the same face again": len(found) - len(once)}
     if chosen is not None: left |= {"not in VISSL's files": len(once) - len(codes), "no image file": len(chosen - set(once))}
     return People(functools.partial(read_image, os.fspath(root), names, 0), names, {"age": [codes[name][0] for name in names], "gender": [codes[name][1] for name in names]}), left
 

@@ -101,7 +101,7 @@ class GroupRate(NamedTuple):
     value: float  # mean of their values
     low: float    # bootstrap interval
     high: float   # its upper end
-    few: bool     # fewer samples, or clusters, than an audit should lean on
+    few: bool     # fewer samples, or clusters, than an audit should rely on
 
 
 def group_rates(
