@@ -10,7 +10,7 @@ __all__ = ['COLOURS', 'MAY_CHANGE', 'RECIPES', 'Head', 'Classifier', 'swav_layer
            'agree_on_buffers', 'fit', 'score_images', 'save_finetuned', 'load_finetuned', 'finetune_settings',
            'run_finetune', 'recipe']
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #0639e508
+# %% ../../nbs/evaluate/55_finetune.ipynb #7a630809
 import dataclasses
 import functools
 import io
@@ -410,7 +410,7 @@ def step_key(
     "Return a seed for PyTorch's generator."
     return int(stateless_rng(*key, 0, 58).integers(2**62))
 
-# %% ../../nbs/evaluate/55_finetune.ipynb #f0134a5d
+# %% ../../nbs/evaluate/55_finetune.ipynb #80fb795d
 def _loop(training, config, steps, batches, loss_of, rate, record, losses, watchdog, request, manager):
     "Take steps until the end, or until the ranks know that they are told to stop."
     fresh, start, row = [], time.perf_counter(), {}

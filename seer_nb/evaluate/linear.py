@@ -39,7 +39,7 @@ from ..images import Samples, guarded
 from ..multicrop import init_worker
 from ..weights import Preprocess
 
-# %% ../../nbs/evaluate/52_linear.ipynb #5cc86ead
+# %% ../../nbs/evaluate/52_linear.ipynb #f3de910b
 def product(
     a: torch.Tensor,                   # [N, D], or a transposed view
     b: torch.Tensor,                   # [D, C]
@@ -123,7 +123,7 @@ def minimize_lbfgs(
         if length <= 1e-8: break           # rounding leaves nothing to gain
     return x, values
 
-# %% ../../nbs/evaluate/52_linear.ipynb #38d6b21c
+# %% ../../nbs/evaluate/52_linear.ipynb #60f30c7f
 def curvature_bound(
     features: torch.Tensor,  # [N, D] standardised
 ) -> tuple:
@@ -248,7 +248,7 @@ def race_scikit_learn(
         row[f"{name}_iterations"] = iterations
     return row
 
-# %% ../../nbs/evaluate/52_linear.ipynb #6bd0cad4
+# %% ../../nbs/evaluate/52_linear.ipynb #d50531aa
 def race_all(
     path,             # results file, JSON lines, appended to
     rounds: int = 1,  # of each race
