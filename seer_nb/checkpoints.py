@@ -408,16 +408,17 @@ def publish(
 # %% ../nbs/42_checkpoints.ipynb #4d4c2fd5
 def outdated(
     steps,            # of the checkpoints there are
-    keep: int,        # newest ones that stay
+    keep: int,        # newest ones that stay, at least 2
     keep_every: int,  # those at multiples of this step stay as well; 0: none
 ) -> list:
-    "Return the steps whose checkpoints may go, oldest first."
+    "Return the steps whose checkpoints may go, oldest first. Raises `ValueError` if fewer than two are to stay."
+    if keep < 2: raise ValueError(f"keep must be at least 2, got {keep}: if the newest checkpoint is damaged, the run goes on from the one before")
     return [step for step in sorted(steps)[:-keep] if not (keep_every and step % keep_every == 0)]
 
 
 def prune(
     root,                 # folder of a run's checkpoints, locked by this run
-    keep: int = 2,        # newest checkpoints that stay
+    keep: int = 2,        # newest checkpoints that stay, at least 2
     keep_every: int = 0,  # those at multiples of this step stay as well; 0: none
 ):
     "Remove outdated checkpoints; each loses its name first, so that a kill leaves no half of it."
@@ -520,7 +521,7 @@ class CheckpointManager:
         keep_every: int = 0,    # those at multiples of this step stay as well; 0: none
         timeout: float = 1800,  # seconds that the ranks wait for the slowest one to write
     ):
-        if keep < 2: raise ValueError(f"keep must be at least 2, got {keep}: if the newest checkpoint is damaged, the run goes on from the one before")
+        outdated([], keep, keep_every)   # raises now rather than after the first save
         self.root, self.keep, self.keep_every, self.ranks = Path(root), keep, keep_every, _Ranks(timeout)
         self.last = {}   # of the last save: step, bytes (all ranks), snapshot_seconds, write_seconds
         self._copies, self._thread, self._error, self._lock = {}, None, None, None

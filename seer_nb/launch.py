@@ -351,6 +351,10 @@ def sbatch_settings(
     return {k: v for k, v in settings.items() if v} | {"signal_delay_s": r.grace, "stderr_to_stdout": True, "setup": ["trap '' USR2"], "additional_parameters": extra}
 
 
+def _no_pattern(folder):
+    if "%" in str(folder): raise ValueError(f"{folder}: Slurm would fill in what follows the % in the names of its logs; choose another run_dir")
+
+
 def sbatch_script(
     run_dir,               # folder of the run
     resources: Resources,
@@ -358,9 +362,10 @@ def sbatch_script(
     workers: int = 0,      # of the loader, per rank
     **array,               # map_count, array_parallelism: of an array
 ) -> str:
-    "Return the script that `submit` would give to sbatch."
+    "Return the script that `submit` would give to sbatch. Raises `ValueError` for a folder whose name Slurm would change."
     from submitit.slurm.slurm import _make_sbatch_string
     folder = Path(run_dir).absolute() / "job"
+    _no_pattern(folder)
     return _make_sbatch_string(f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(folder))}", folder, **sbatch_settings(resources, name, workers), **array)
 
 # %% ../nbs/43_launch.ipynb #802f7ece
@@ -434,6 +439,7 @@ def _name_ranks(environment):
 
 def _squeue(job):
     "Return a job's state in Slurm's queue; empty if it is not there. Raises `ConnectionError` if Slurm does not answer."
+    if not shutil.which("squeue"): return ""                 # a laptop or a file server that sees the folder: its records have to do
     asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
     if asked.returncode and "Invalid job id" not in asked.stderr: raise ConnectionError(f"squeue: {asked.stderr.strip()}")
     return asked.stdout.strip().lower()
@@ -522,6 +528,7 @@ def submit(
     if cluster != "slurm" and r.nodes > 1 or cluster == "debug" and r.ranks > 1:
         raise ValueError(f"{r.nodes} nodes with {r.ranks} ranks need cluster='slurm'" if r.nodes > 1 else "cluster='debug' runs one rank")
     run, config = _prepare(notebook, params, r)
+    if cluster == "slurm": _no_pattern(run.path)
     logs = run.path / "job"
     _snapshot(run, notebook, config, r, cluster, logs)
     if cluster == "debug":
@@ -557,9 +564,10 @@ def _snapshot(run, notebook, config, resources, cluster, logs):
     logs.mkdir(mode=0o700, exist_ok=True)                                   # pickles: who can write here can run code
 
 
-def _keep_id(run, number):
-    told = json.loads((run.path / "job.json").read_text())
-    write_atomic(run.path / "job.json", json.dumps({**told, "id": number}))
+def _told(run_dir): return json.loads((Path(run_dir) / "job.json").read_text())
+
+
+def _keep_id(run, number): write_atomic(run.path / "job.json", json.dumps({**_told(run.path), "id": number}))
 
 
 def _importable(name):
@@ -596,8 +604,10 @@ def submit_suite(
     for name in runs:
         if not re.fullmatch(r"\w[\w.-]*", name) or name in ("job", "attempts", "results.jsonl"):
             raise ValueError(f"the name of a run names its folder: letters, digits, '.', '_' and '-', not job, attempts or results.jsonl, got {name!r}")
+    if cluster == "slurm": _no_pattern(folder)
     runs = {name: {**params, "run_dir": str(folder / name)} for name, params in runs.items()}
     ready = [_prepare(notebook, params, r) for params in runs.values()]
+    _take_back_board(folder)
     if cluster == "debug": return {name: submit(notebook, params, resources, cluster) for name, params in runs.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for run, config in ready: _snapshot(run, notebook, config, r, cluster, folder / "job")
@@ -608,6 +618,15 @@ def submit_suite(
     except RuntimeError as error: raise ValueError(f"slurm refused the array: {error}") from None
     for (run, _), job in zip(ready, jobs): _keep_id(run, job.job_id)
     return {name: find_job(folder / name) for name in runs}
+
+
+def _take_back_board(folder):
+    "Cancel a board that waits for earlier runs of a suite alone. Raises `ValueError` if another job uses the folder."
+    job = find_job(folder)
+    if not (job and job.queued): return
+    if not Path(_told(folder)["notebook"]).stem.endswith("_scoreboard"): raise ValueError(f"{folder} has a job that is {job.queued}: {job.cancel_command}, or choose another run_dir")
+    job.cancel()
+    job.wait(60)
 
 
 def _runs_of(folder):
@@ -639,13 +658,16 @@ def draw_board(
 ) -> Job | None:
     """Run the scoreboard page over a suite, in the suite's folder: here, or on Slurm when its last run has ended.
 
-    Returns None if the suite's page has no scoreboard beside it, and the job that will draw it anyway if there is one. Raises `FileNotFoundError` if the folder holds no runs.
+    Returns None if the suite's page has no scoreboard beside it or all runs are done without a result, and the job that will draw it anyway if there is one.
+    Raises `FileNotFoundError` if the folder holds no runs, or if their page is gone.
     """
     folder = Path(folder).absolute()
     runs = _runs_of(folder)
-    told = json.loads((runs[0] / "job.json").read_text())
+    told = _told(runs[0])
+    if not Path(told["notebook"]).exists(): raise FileNotFoundError(f"{told['notebook']} is not there any more: no page can draw the board")
     page, before, jobs = board_page(told["notebook"]), find_job(folder), [find_job(run) for run in runs]
     if page is None or before and before.queued: return before if page else None
+    if not any((run / "results.jsonl").exists() for run in runs) and all(job and job.state == "done" for job in jobs): return None
     after = ":".join(sorted({job.id.partition("_")[0] for job in jobs if job and job.queued}))
     where = {name: told["resources"][name] for name in ("partition", "account", "qos")} | {"time": "1:00"}
     return submit(page, {"suite": str(folder), "paper_model": "auto", "run_dir": str(folder)}, where, "slurm" if after else "debug", after)
@@ -722,9 +744,19 @@ def _array(args, resources):
     jobs = submit_suite(args.notebook, runs, folder, resources, args.at_once, args.cluster or ("auto" if resources else "debug"))
     for name, job in jobs.items(): print(f"{name:24} {job.cluster} {job.id} {job.state}")
     if not any(job.queued for job in jobs.values()): return _collect(folder)
-    _board(folder)
+    status = 0
+    try: _board(folder)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"the runs are sent, the board is not: {error}", file=sys.stderr)
+        status = 1
     print(f"by hand: python -m seer_nb.launch collect {shlex.quote(str(folder))}")
-    return 0
+    return status
+
+
+def _collect_parser():
+    parser = argparse.ArgumentParser(prog="python -m seer_nb.launch collect", description=_collect.__doc__)
+    parser.add_argument("folder", help="of a suite")
+    return parser
 
 
 def _collect(folder):
@@ -751,7 +783,7 @@ def _suite(words):
     parser = argparse.ArgumentParser(prog="python -m seer_nb.launch suite", description="Evaluate a model on many tasks, as one array. Every other option is that of a notebook.")
     parser.add_argument("--model", required=True, help="as in evaluate.tasks.open_model, e.g. seer:PATH or timm:NAME")
     parser.add_argument("--tasks", required=True, metavar="TASK,TASK,…", help="slugs of evaluate.tasks.TASKS")
-    parser.add_argument("--root", default="", help="folder that holds the data sets")
+    parser.add_argument("--root", default="", help="folder that holds the data sets (empty: the preset's)")
     parser.add_argument("--protocol", default="linear", help="the page that evaluates: nbs/evaluate/*_PROTOCOL.ipynb (default: linear)")
     parser.add_argument("-f", "--file", default="", metavar="PRESET.yaml", help="parameters of all runs")
     args, rest = parser.parse_known_args(words)
@@ -760,28 +792,23 @@ def _suite(words):
     if strange := [row for row in rows if row.page not in ("", pages[0].stem)]: raise ValueError(f"{pages[0]} cannot read {strange[0].slug}: nbs/evaluate/{strange[0].page}.ipynb does")
     if not args.file and not all(row.slug.startswith("toy_") for row in rows):
         raise ValueError(f"the defaults of {pages[0]} are for toy tasks: give a preset, e.g. -f nbs/params/{notebook_name(pages[0])}/seer_128gf.yaml")
-    return [str(pages[0]), "-f", args.file, "--array", "task", ",".join(row.slug for row in rows), "-p", "model", args.model, "-p", "root", args.root, *rest]
+    return [str(pages[0]), "-f", args.file, "--array", "task", ",".join(row.slug for row in rows), "-p", "model", args.model, *(["-p", "root", args.root] if args.root else []), *rest]
 
 # %% ../nbs/43_launch.ipynb #0484cbcf
 def main(
     argv=None,  # list of words; None: those of the command line
-) -> int:       # exit status: 0 done, 1 a cell failed, 2 wrong input, 75 told to stop (or a rank was lost), 130 interrupted
+) -> int:       # exit status: 0 done, 1 a cell failed or a board could not be sent, 2 wrong input, 75 told to stop (or a rank was lost), 130 interrupted
     "Run a notebook here, then print its results and where they are; or send it to a cluster."
     try:
         from papermill.exceptions import PapermillExecutionError
     except ImportError:
         print("error: papermill is missing; install it with: pip install 'seer_nb[notebooks]'", file=sys.stderr)
         return 2
-    words = sys.argv[1:] if argv is None else argv
+    words, run = sys.argv[1:] if argv is None else argv, None
     try:
-        if words[:1] == ["collect"] and len(words) == 2: return _collect(words[1])
+        if words[:1] == ["collect"]: return _collect(_collect_parser().parse_args(words[1:]).folder)
         args = _parser().parse_args(_suite(words[1:]) if words[:1] == ["suite"] else words)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    wanted = {f.name: getattr(args, f.name) for f in dataclasses.fields(Resources) if getattr(args, f.name) is not None}
-    run = None
-    try:
+        wanted = {f.name: getattr(args, f.name) for f in dataclasses.fields(Resources) if getattr(args, f.name) is not None}
         if not Path(args.notebook).is_file(): raise ValueError(f"no notebook {args.notebook}")
         if args.array: return _array(args, wanted)
         params = read_params(parameters_of(args.notebook), args.file, args.param)

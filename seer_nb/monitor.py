@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from .checkpoints import saved_steps
 from .core import RunDir, project_folder
 from .images import bad_image_report, open_images
-from .launch import notebook_name, parameters_of, read_params
+from .launch import _no_template, notebook_name, parameters_of, read_params
 from .multicrop import MultiCrop
 from .regnet import REGNETY, RegNetConfig, RegNetY, count_macs, count_parameters
 from .swav import sinkhorn
@@ -363,7 +363,7 @@ def parameter_form(
     Raises `ValueError` for a notebook without parameters.
     """
     from papermill import inspect_notebook
-    cls, helps = parameters_of(notebook), {name: p["help"] for name, p in inspect_notebook(str(notebook)).items() if name != "preset"}
+    cls, helps = parameters_of(notebook), {name: p["help"] for name, p in inspect_notebook(_no_template(notebook)).items() if name != "preset"}
     if not helps: raise ValueError(f"{notebook} has no parameters: give one cell the tag 'parameters'")
     table = [f"{name:{max(map(len, helps))}}  {_field(getattr(cls(), name)) or '(empty)':20}  {text}" for name, text in helps.items()]
     lines = [shell_line(notebook), f"presets: {', '.join(presets_of(notebook)) or 'none'}", "", *table]

@@ -8,11 +8,12 @@ __all__ = ['BATCH_NORM', 'NO_CUTS', 'CUTS_10B', 'PER_TENSOR', 'DTYPES', 'meta_sw
            'cuts_of', 'peak_activations', 'best_cuts', 'block_macs', 'units', 'unit_sizes', 'materialize', 'rank_mesh',
            'shard', 'PaddedSwAV', 'MemoryPlan', 'memory_plan']
 
-# %% ../nbs/41_sharding.ipynb #b6c7831c
+# %% ../nbs/41_sharding.ipynb #bd85e7a0
 import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import math
 import warnings
 from typing import NamedTuple
@@ -381,7 +382,7 @@ def _demand(config, features, sizes, part, n_gpus, cuts, padded, reduce_bytes, r
         "crops, head": images * sum(3 * s * s for s in sides) * 4 + rows * (width * b + 4 * 4 * config.n_prototypes),
     }, state
 
-# %% ../nbs/41_sharding.ipynb #18f45b8d
+# %% ../nbs/41_sharding.ipynb #1509ef8f
 def memory_plan(
     config,                      # a PretrainConfig, or anything with its names
     n_gpus: int,                 # ranks that share the state
@@ -394,26 +395,26 @@ def memory_plan(
     offload: bool = False,       # of shard
     reserve_gib: float = 4.0,    # CUDA context, NCCL buffers, fragmentation
 ) -> MemoryPlan:
-    """Predict the memory of a sharded run at its fullest moment, in the backward pass, and say what to change if it does not fit.
+    """Predict the memory of a sharded run at its fullest moment, in the backward pass, and say what to change if it does not fit, in the words of `PretrainConfig`.
 
     Raises `ValueError` if the batch does not split evenly.
     """
     model, depths = meta_swav(config), [stage.depth for stage in REGNETY[config.backbone].stages]
     features, sizes = model.backbone.num_features, sorted(unit_sizes(model).values(), reverse=True)
-    def plan(cuts, accumulate, offload, advice=""):
+    def plan(cuts, accumulate, offload, reshard):
         cuts = complete_cuts(cuts, depths)
         part = _heaviest_part(model.backbone, cuts)
-        parts, state = _demand(config, features, sizes, part, n_gpus, cuts, padded, reduce_dtype.itemsize, reshard_after_forward, offload, accumulate)
+        parts, state = _demand(config, features, sizes, part, n_gpus, cuts, padded, reduce_dtype.itemsize, reshard, offload, accumulate)
         parts = {name: x / 2**30 for name, x in parts.items()} | {"reserve": reserve_gib}
         total = sum(parts.values())
-        return MemoryPlan(parts, total, total <= gpu_gib, state / 2**30 if offload else 0.0, advice)
-    asked = plan(cuts, config.accumulate, offload)
+        return MemoryPlan(parts, total, total <= gpu_gib, state / 2**30 if offload else 0.0, "")
+    asked = plan(cuts, config.accumulate, offload, reshard_after_forward)
     if asked.fits: return asked
     finer = best_cuts(_passes(config, 1, padded))
     per_gpu = config.batch_size // n_gpus
     micro = [k for k in range(config.accumulate, per_gpu + 1) if per_gpu % k == 0]
-    for host in sorted({offload, True}):
-        for k in micro:
-            changes = [f"cuts={finer}"] + [f"accumulate={k}"] * (k != config.accumulate) + ["offload=True"] * (host != offload)
-            if plan(finer, k, host).fits: return asked._replace(advice=", ".join(changes))
+    for host, k, reshard in itertools.product(sorted({offload, True}), micro, sorted({reshard_after_forward, True})):
+        if not plan(finer, k, host, reshard).fits: continue
+        changes = ["cuts=" + json.dumps(finer, separators=(",", ":"))] + [f"accumulate={k}"] * (k != config.accumulate)
+        return asked._replace(advice=", ".join(changes + ["reshard=True"] * (reshard != reshard_after_forward) + ["offload=True"] * (host != offload)))
     return asked._replace(advice="more or larger GPUs: it does not fit with one image at a time, the best cuts and the state in host memory")

@@ -255,6 +255,8 @@ def test_error_of_the_body_is_not_hidden(root, monkeypatch, capsys):
 
 def test_bad_arguments_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 2"): CheckpointManager(tmp_path, keep=1)
+    for keep in (1, 0):
+        with pytest.raises(ValueError, match="keep must be at least 2"): checkpoints.outdated([10, 20, 30], keep, 0)
     with CheckpointManager(tmp_path) as manager:
         with pytest.raises(TypeError, match="JSON"): manager.save(1, {}, {"x": torch.ones(1)})
         with pytest.raises(ValueError, match="does not lie in"): manager.save(1, {"q": Piece(torch.ones(3), (4,), (2,))}, {})

@@ -286,6 +286,21 @@ def test_a_suite_is_an_array_of_tasks(tmp_path, capsys, monkeypatch):
     assert launch.main(["collect", str(tmp_path)]) == 2 and "holds no runs" in capsys.readouterr().err
 
 
+def test_a_suite_leaves_the_root_to_the_preset(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(TOP)
+    words = ["suite", "--model", "m", "--tasks", "dtd", "--file=nbs/params/linear/seer_128gf.yaml", "-p", "run_dir", str(tmp_path), "--dry-run"]
+    assert launch.main(words) == 0 and "'root': 'data'" in capsys.readouterr().out
+    assert launch.main([*words, "--root", "/data"]) == 0 and "'root': '/data'" in capsys.readouterr().out
+
+
+def test_collect_has_help_and_hears_a_signal(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end: launch.main(["collect", "--help"])
+    assert end.value.code == 0 and "of a suite" in capsys.readouterr().out
+    def told(folder): raise Stopped("told to stop", {signal.SIGTERM})
+    monkeypatch.setattr(launch, "collect_results", told)
+    assert launch.main(["collect", str(tmp_path)]) == 75 and "stopped: told to stop" in capsys.readouterr().err
+
+
 def test_the_end_of_a_suite_is_a_board(tmp_path, capsys):
     "Two tasks measured, one failed, one that never started: page 69 in the suite's folder, with what is printed of the network that the model's name speaks of."
     from seer_nb.evaluate.tasks import Result, append_result
@@ -311,7 +326,7 @@ def test_the_end_of_a_suite_is_a_board(tmp_path, capsys):
 
 def test_an_array_without_a_board(tmp_path, capsys):
     "The page has no scoreboard beside it; a scoreboard that fails is told of; a name that the suite's folder needs is refused."
-    notebook = write_notebook(tmp_path / "05_x.ipynb", "pass")
+    notebook = write_notebook(tmp_path / "05_x.ipynb", "(here / 'results.jsonl').write_text('{\"task\": \"t\", \"model\": \"m\", \"value\": 1.0}\\n')")
     words = [str(notebook), "--array", "seed", "1", "-p", "run_dir", str(tmp_path / "sweep")]
     assert launch.board_page(notebook) is None and launch.main(words) == 0 and not (tmp_path / "sweep/report.html").exists()
     code = "raise ZeroDivisionError('no board')"
@@ -324,6 +339,65 @@ def test_an_array_without_a_board(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^scoreboard +failed: ZeroDivisionError: no board$", out, re.M) and out.splitlines()[-1] == str(tmp_path / "sweep/report.html")
     with pytest.raises(ValueError, match="not job, attempts"): launch.submit_suite(notebook, {"attempts": {}}, tmp_path / "other", cluster="debug")
+    (tmp_path / "sweep/1/results.jsonl").unlink()                                  # all done, and no result: nothing to draw
+    assert launch.draw_board(tmp_path / "sweep") is None and launch.main(["collect", str(tmp_path / "sweep")]) == 0
+    notebook.unlink()
+    assert launch.main(["collect", str(tmp_path / "sweep")]) == 2 and f"{notebook} is not there any more" in capsys.readouterr().err
+
+
+FAKE_SLURM = {"sbatch": 'grep -q scoreboard "$1" && [ -e refuse ] && { echo no boards today >&2; exit 1; }\nn=$(( $(ls queue | wc -l) + 7 ))\n'
+                        'cp "$1" queue/$n; echo Submitted batch job $n',
+              "squeue": '[ -s queue/"${3%%_*}" ] && echo PENDING; exit 0', "scancel": ': > queue/"$1"', "srun": "exit 0"}
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    "Four scripts in place of Slurm: a job waits until somebody cancels it."
+    for name, code in FAKE_SLURM.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\ncd {tmp_path}\n{code}\n")
+        path.chmod(0o755)
+    (tmp_path / "queue").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    notebook = write_notebook(tmp_path / "05_x.ipynb", "pass")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("run_dir: str = ''\nsuite: str = ''\npaper_model: str = ''", metadata={"tags": ["parameters"]})],
+                                            metadata=nbformat.read(notebook, 4).metadata), tmp_path / "99_scoreboard.ipynb")
+    return notebook
+
+
+def test_a_board_waits_for_both_arrays_of_a_folder(fake_slurm, tmp_path):
+    words = [str(fake_slurm), "--cluster", "slurm", "-p", "run_dir", str(tmp_path / "suite"), "--array", "seed"]
+    assert launch.main([*words, "1,2"]) == 0
+    first = find_job(tmp_path / "suite")
+    assert first.queued == "pending" and "afterany:7\n" in (tmp_path / "queue" / first.id).read_text()
+    assert launch.main([*words, "3"]) == 0
+    second = find_job(tmp_path / "suite")
+    assert not first.queued and second.queued and "afterany:7:9\n" in (tmp_path / "queue" / second.id).read_text()
+    (tmp_path / "suite/job.json").write_text(json.dumps({**json.loads((tmp_path / "suite/job.json").read_text()), "notebook": str(fake_slurm)}))
+    assert launch.main([*words, "4"]) == 2 and second.queued                       # somebody else's run is not cancelled
+
+
+def test_a_board_that_slurm_refuses_does_not_hide_that_the_runs_are_sent(fake_slurm, tmp_path, capsys):
+    (tmp_path / "refuse").touch()
+    assert launch.main([str(fake_slurm), "--cluster", "slurm", "-p", "run_dir", str(tmp_path / "suite"), "--array", "seed", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "the runs are sent, the board is not: slurm refused" in err and "no boards today" in err and out.splitlines()[-1].startswith("by hand: ") and find_job(tmp_path / "suite/1").queued
+
+
+def test_a_folder_that_slurm_would_rename_is_refused(fake_slurm, tmp_path):
+    folder = str(tmp_path / "100%j")
+    with pytest.raises(ValueError, match="follows the %"): submit(fake_slurm, {"run_dir": folder}, cluster="slurm")
+    with pytest.raises(ValueError, match="follows the %"): launch.submit_suite(fake_slurm, {"a": {}}, folder, cluster="slurm")
+    with pytest.raises(ValueError, match="follows the %"): sbatch_script(folder, Resources())
+    assert not Path(folder).exists() and submit(fake_slurm, {"run_dir": folder}, cluster="debug").state == "done"
+
+
+def test_a_job_of_slurm_seen_from_a_machine_without_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    MetricLog(tmp_path / "run/attempts.jsonl").log(attempt=1, outcome="done")
+    write_atomic(tmp_path / "run/job.json", json.dumps({"cluster": "slurm", "id": "7", "logs": ""}))
+    assert find_job(tmp_path / "run").state == "done"
 
 
 # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -227,6 +227,12 @@ def test_a_notebook_without_parameters():
     with pytest.raises(ValueError, match="has no parameters"): parameter_form(TOP / "nbs/01_core.ipynb")
 
 
+def test_a_form_in_a_folder_with_braces(tmp_path):
+    (tmp_path / "runs {x}").mkdir()
+    shutil.copy(PRETRAIN, tmp_path / "runs {x}")
+    assert parameter_form(tmp_path / "runs {x}" / PRETRAIN.name).text.splitlines()[3:] == parameter_form(PRETRAIN).text.splitlines()[3:]
+
+
 def test_a_broken_preset_is_told_and_not_sent(tmp_path, lab):
     shutil.copy(PRETRAIN, tmp_path)
     (tmp_path / "params/pretrain").mkdir(parents=True)

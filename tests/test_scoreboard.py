@@ -261,3 +261,17 @@ def test_a_run_exports_all_formats(tmp_path):
     assert measured.count("<tr") == 1 + 2 and "here, %" in measured and "here, %" not in published + missing and "43.9 top-1 error %" in published
     state = pd.read_csv(tmp_path / "out" / "coverage.csv")
     assert state[(state.task == "toy_scenes") & (state.protocol == "knn")].state.tolist() == ["measured here"]
+
+
+def test_a_suite_may_be_moved(tmp_path, monkeypatch):
+    def draw(folder, **changes): return scoreboard.run_scoreboard(scoreboard.ScoreboardConfig(**{"run_dir": str(folder), "suite": str(folder), "paper_model": "auto", **changes}))
+    append_result(tmp_path / "old/dtd/results.jsonl", a_result())
+    (tmp_path / "old/dtd/job.json").write_text("{}")
+    table = draw(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert draw(tmp_path / "new").equals(table)
+    with pytest.raises(ValueError, match="paper_model was"): draw(tmp_path / "new", paper_model="SEER 10B")
+    monkeypatch.setattr(scoreboard, "measure", lambda config, jobs, path: [a_result()])
+    with pytest.raises(ValueError, match="suite was"): draw(tmp_path / "new", suite="")
+    draw(tmp_path / "out", suite="")
+    with pytest.raises(ValueError, match="suite was"): draw(tmp_path / "out", suite=str(tmp_path / "new"))      # would replace what was measured there

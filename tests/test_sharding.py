@@ -3,6 +3,7 @@
 Every curve is twenty steps of SwAV with LARC against plain fp32 training in one process. What needs two ranks runs once, in two real processes over gloo.
 """
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -153,8 +154,11 @@ def seer_10b(**changes):
 
 def test_advice_is_taken():
     plan = memory_plan(seer_10b(), 496, 40)
-    assert not plan.fits and plan.advice.startswith("cuts=((")
-    assert memory_plan(seer_10b(), 496, 40, cuts=eval(plan.advice[5:])).fits
+    assert not plan.fits and plan.advice.startswith("cuts=[[1,2],")
+    assert memory_plan(seer_10b(), 496, 40, cuts=json.loads(plan.advice[5:])).fits            # as -p cuts reads it
+    kept = memory_plan(seer_10b(batch_size=128), 8, 40, cuts=json.loads(plan.advice[5:]), reshard_after_forward=False)
+    assert not kept.fits and kept.advice == plan.advice + ", reshard=True" and memory_plan(seer_10b(batch_size=128), 8, 40, cuts=json.loads(plan.advice[5:])).fits
+    assert "reshard" not in memory_plan(seer_10b(), 496, 60, reshard_after_forward=False, reserve_gib=30).advice   # cuts alone do it
     tiny = memory_plan(seer_10b(batch_size=8), 8, 4)
     assert not tiny.fits and tiny.advice.startswith("more or larger GPUs")
     assert "offload" in memory_plan(seer_10b(batch_size=1), 1, 40).advice

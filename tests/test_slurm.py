@@ -15,7 +15,7 @@ import pytest
 
 from seer_nb.core import MetricLog, time_account
 from seer_nb.distributed import run_ranks
-from seer_nb.launch import Resources, attempts, collect_results, draw_board, sbatch_script, submit, submit_suite
+from seer_nb.launch import Resources, _take_back_board, attempts, collect_results, draw_board, sbatch_script, submit, submit_suite
 
 TOP = Path(__file__).resolve().parent.parent
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -252,6 +252,9 @@ def test_an_array_with_a_run_that_fails(here, tmp_path):
     board = draw_board(tmp_path / "suite")
     assert board.queued == "pending" and board.run_dir == tmp_path / "suite" and draw_board(tmp_path / "suite").id == board.id         # sent once
     assert f"--dependency=afterany:{jobs['run_0'].id.partition('_')[0]}\n" in (tmp_path / f"suite/job/{board.id}_submission.sh").read_text()
+    _take_back_board(tmp_path / "suite")                                           # as a second array does
+    assert not board.queued
+    board = draw_board(tmp_path / "suite")
     states = [job.wait(300) for job in jobs.values()]
     assert states == ["done"] * 4 + ["failed", "done"]
     assert collect_results(tmp_path / "suite") == {"run_4": "failed: ZeroDivisionError: no luck"}

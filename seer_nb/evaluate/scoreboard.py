@@ -507,7 +507,8 @@ def run_scoreboard(
     else: results, jobs = None, jobs_of(config)
     if results == []: raise ValueError(f"there are no results in {config.suite or config.results}" + "".join(f"\n{name}: {why}" for name, why in unfinished.items()))
     beside_published([], config.paper_model)
-    run.begin(config)
+    of_a_suite = config.suite and run.params.exists() and re.search('^suite: "[^"]', run.params.read_text(), re.M)   # which may have been moved since
+    run.begin(config, ("suite",) if of_a_suite else ())
     if config.suite: write_atomic(run.results, "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in results))
     if results is None: results = measure(config, jobs, run.results)
     table, printed = score_table(beside_published(results, config.paper_model)), published_table()
